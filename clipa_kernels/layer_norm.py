@@ -1,0 +1,97 @@
+"""Residual sum and LayerNorm in one step.
+
+    residual' = x + residual
+    normalised = (residual' - mean) / sqrt(var + eps) * weight + bias     (mean, var over D)
+
+A pre-norm transformer block ends one branch and begins the next with exactly this pair. Ba et al.,
+"Layer Normalization" (arXiv:1607.06450); torch.nn.functional.layer_norm is the definition.
+Plain torch writes the sum, reads it back, and saves a copy of the input in fp32 under autocast.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._check import choose_impl, describe, require_float, require_same_device, require_tensor
+
+
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The specification in plain torch; see add_layer_norm."""
+    total = x if residual is None else (x + residual).to(residual.dtype)
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    mean = wide.mean(-1, keepdim=True)
+    var = (wide - mean).square().mean(-1, keepdim=True)
+    normalised = (wide - mean) * torch.rsqrt(var + eps)
+    return (normalised * weight + bias).to(x.dtype), total
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Equals `r = x + residual; (layer_norm(r, weight, bias, eps), r)`, statistics in fp32.
+
+    Args:
+        x: [..., D], floating point: what the last branch wrote.
+        residual: [..., D] like x, floating point, its own dtype (a bf16 or fp32 stream); None is
+            the first norm, where the stream is x itself.
+        weight, bias: [D], floating point.
+        eps: added to the variance.
+        impl: "auto", "torch" or "reference".
+    Returns:
+        (normalised in x's dtype, new residual in residual's dtype), both [..., D].
+    Raises:
+        ValueError: shapes or devices that disagree, eps below 0, an unknown impl.
+        TypeError: a tensor that is not floating point.
+    Source: torch.nn.functional.layer_norm.
+    """
+    _check_arguments(x, residual, weight, bias, eps)
+    impl = choose_impl("add_layer_norm", impl, ("torch", "reference"))
+    if impl == "reference":
+        return add_layer_norm_reference(x, residual, weight, bias, eps)
+    total = x if residual is None else (x + residual).to(residual.dtype)
+    # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _layer_norm(total, weight, bias, eps).to(x.dtype), total
+    return _layer_norm(total, weight, bias, eps).to(x.dtype), total
+
+
+def _layer_norm(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """layer_norm where weights and stream may differ in dtype."""
+    if weight.dtype == total.dtype:
+        return F.layer_norm(total, weight.shape, weight, bias, eps)
+    if total.device.type == "cpu" and weight.dtype == torch.float32 and total.dtype.itemsize == 2:
+        return F.layer_norm(total, weight.shape, weight, bias, eps)  # the CPU kernel takes both
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    return F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+
+
+def _check_arguments(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> None:
+    name = "add_layer_norm"
+    require_tensor(name, x=x, weight=weight, bias=bias)
+    require_float(name, x=x, weight=weight, bias=bias)
+    if x.dim() < 1 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name}: weight and bias must be [D] for x [..., D], "
+            f"got {describe(weight)} and {describe(bias)} for x {describe(x)}"
+        )
+    if residual is not None:
+        require_tensor(name, residual=residual)
+        require_float(name, residual=residual)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{name}: residual must have x's shape {tuple(x.shape)}, got {describe(residual)}"
+            )
+    require_same_device(name, x=x, residual=residual, weight=weight, bias=bias)
+    if eps < 0:
+        raise ValueError(f"{name}: eps must be at least 0, got {eps}")

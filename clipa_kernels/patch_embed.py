@@ -1,0 +1,317 @@
+"""Patches to tokens: only the kept patches are read, and nothing else is written.
+
+    token(b, k) = sum_{c, y, x} w[:, c, y, x] * (pixel[b, c, y, x of patch keep[b, k]] - mean_c)
+                  / std_c + bias + pos_embed[R + keep[b, k]]
+
+with R prefix rows (class token, registers) before each image's patches: cls_token + pos_embed[:R].
+This is the stride-P convolution of Dosovitskiy et al. (arXiv:2010.11929) followed by patch
+dropping as in FLIP (arXiv:2212.00794) and CLIPA. Next to plain torch: no patch that is dropped
+later is read, converted or embedded, no float copy of the images exists, and the normalisation
+costs nothing, as it is folded into weight and bias. uint8 pixels are exact in bf16, so they enter
+the product unrounded.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._check import (
+    choose_impl,
+    describe,
+    readable,
+    require_float,
+    require_integer,
+    require_same_device,
+    require_tensor,
+)
+from .packing import Packed
+
+
+def patch_embed_reference(
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    cls_token: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Packed:
+    """The specification: normalise, convolve, add positions, pick; see patch_embed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    x = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
+    if mean is not None:
+        x = (x - mean.to(wide).view(-1, 1, 1)) / std.to(wide).view(-1, 1, 1)
+    x = F.conv2d(x, weight.to(wide), None if bias is None else bias.to(wide), weight.shape[2:])
+    x = x.flatten(2).transpose(1, 2)
+    prefix = pos_embed.shape[0] - x.shape[1]
+    x = x + pos_embed[prefix:]
+    if keep is not None:
+        x = x.gather(1, keep.long().unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    if prefix:
+        first = cls_token.view(prefix, -1) + pos_embed[:prefix]
+        x = torch.cat((first.expand(x.shape[0], -1, -1), x), 1)
+    return _packed(x.to(weight.dtype))
+
+
+def patch_embed(
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    cls_token: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Packed:
+    """Embed the kept patches of a batch of images into packed tokens; see the formula above.
+
+    Args:
+        images: [B, C, height, width] with any strides (an HWC batch comes as
+            images.permute(0, 3, 1, 2)); uint8, where v stands for v / 255, or floating point.
+        keep: int32 or int64 [B, K], patches numbered row by row from 0 to L - 1, in the order in
+            which their tokens are wanted; an index may repeat. None keeps all L in order.
+        weight: [D, C, P, P], as of nn.Conv2d(C, D, P, stride=P).
+        bias: [D] or None.
+        pos_embed: [R + L, D]: prefix rows, then one for each patch.
+        cls_token: [D] or [R, D], rows in front of each image's patches; None means R = 0.
+        mean, std: [C], in units where white is 1; both or neither. Not differentiated.
+        impl: "auto", "torch" or "reference".
+    Returns:
+        Packed with tokens [B * (R + K), D] in weight's dtype, or autocast's where it is on.
+        Gradients flow to weight, bias, pos_embed, cls_token, and to images if they are floating.
+    Raises:
+        ValueError: an image that does not divide into patches, channels or sizes or devices that
+            disagree, keep empty or out of range (looked at on a CPU only), a zero in std, an
+            unknown impl.
+        TypeError: dtypes other than those above.
+    Source: open_clip's VisionTransformer stem and PatchDropout.
+
+    >>> import torch
+    >>> image = torch.randint(256, (1, 3, 4, 4), dtype=torch.uint8)
+    >>> keep = torch.tensor([[0, 3]])
+    >>> patch_embed(image, keep, torch.ones(8, 3, 2, 2), None, torch.zeros(4, 8)).tokens.shape
+    torch.Size([2, 8])
+    """
+    _check_images(images, weight, bias, mean, std)
+    _check_tokens(images, keep, weight, pos_embed, cls_token)
+    impl = choose_impl("patch_embed", impl, ("torch", "reference"))
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(images.device.type):
+        dtype = torch.get_autocast_dtype(images.device.type)
+    if impl == "reference":
+        args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
+        packed = patch_embed_reference(*args)
+        return packed._replace(tokens=packed.tokens.to(dtype))
+    with torch.autocast(images.device.type, enabled=False):
+        folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype)
+        prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
+        positions = pos_embed[prefix:].to(dtype)
+        x = torch.ops.clipa.patch_embed(images, keep, folded, shift, positions, weight.shape[-1])
+        if prefix:
+            first = (cls_token.view(prefix, -1) + pos_embed[:prefix]).to(dtype)
+            x = torch.cat((first.expand(x.shape[0], -1, -1), x), 1)
+    return _packed(x)
+
+
+def fold_normalisation(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight [D, P * P * C] and bias [D] that take raw pixels: w / std and b - sum(w mean / std).
+
+    The shift is summed from the weight as rounded to dtype: rounding then acts on centred pixels.
+    """
+    unit = 255.0 if images.dtype == torch.uint8 else 1.0
+    folded = weight.permute(0, 2, 3, 1)
+    if mean is None:
+        folded = (folded / unit).to(dtype)
+        return folded.flatten(1), None if bias is None else bias.to(dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    folded = (folded.to(wide) / (std.to(wide) * unit)).to(dtype)
+    shift = -(folded.to(wide) * (mean.to(wide) * unit)).sum((1, 2, 3))
+    shift = shift if bias is None else shift + bias
+    return folded.flatten(1), shift.to(dtype)
+
+
+def _packed(x: Tensor) -> Packed:
+    """[B, S, D] as Packed; all sequences are S long."""
+    batch, size, _ = x.shape
+    ends = torch.arange(0, (batch + 1) * size, size, dtype=torch.int32, device=x.device)
+    return Packed(x.flatten(0, 1), ends, size)
+
+
+def _patches(images: Tensor, keep: Tensor | None, side: int) -> Tensor:
+    """Pixels of the kept patches, [B, K, P * P * C] in the order (y, x, channel), a copy."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // side, width // side
+    grid = images.view(batch, channels, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
+    if keep is None:
+        return grid.reshape(batch, rows * columns, side * side * channels)
+    image = torch.arange(batch, device=images.device).unsqueeze(1)
+    kept = grid[image, keep.div(columns, rounding_mode="floor"), keep.remainder(columns)]
+    return kept.flatten(2)
+
+
+@torch.library.custom_op("clipa::patch_embed", mutates_args=())
+def _forward(
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    side: int,
+) -> Tensor:
+    x = F.linear(_patches(images, keep, side).to(weight.dtype), weight, bias)
+    return x.add_(positions if keep is None else positions[keep])
+
+
+@torch.library.custom_op("clipa::patch_embed_backward", mutates_args=())
+def _backward(
+    dx: Tensor, images: Tensor, keep: Tensor | None, weight: Tensor, side: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, bias and positions; the patches are gathered again."""
+    flat = dx.flatten(0, 1)
+    patches = _patches(images, keep, side).flatten(0, 1).to(weight.dtype)
+    wide = torch.promote_types(dx.dtype, torch.float32)
+    if keep is None:
+        dpositions = dx.sum(0, dtype=wide)
+    else:  # sorted sums: no atomics on a GPU
+        dpositions = torch.ops.aten.embedding_dense_backward(dx.to(wide), keep, rows, -1, False)
+    dbias = flat.sum(0, dtype=wide).to(dx.dtype)
+    return flat.t() @ patches, dbias, dpositions.to(dx.dtype)
+
+
+@torch.library.custom_op("clipa::patch_embed_backward_images", mutates_args=())
+def _backward_images(
+    dx: Tensor, images: Tensor, keep: Tensor | None, weight: Tensor, side: int
+) -> Tensor:
+    """Gradient of floating images; zero where no patch was kept, a sum where one was kept twice."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // side, width // side
+    dpatches = (dx @ weight).to(images.dtype)
+    if keep is not None:
+        full = dpatches.new_zeros(batch, rows * columns, dpatches.shape[-1])
+        image = torch.arange(batch, device=images.device).unsqueeze(1)
+        # Sorted, so a repeated index gives the same bits on every run on a GPU as well.
+        dpatches = full.index_put_((image, keep.long()), dpatches, accumulate=True)
+    grid = dpatches.view(batch, rows, columns, side, side, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
+
+
+@_forward.register_fake
+def _(images, keep, weight, bias, positions, side):
+    kept = positions.shape[0] if keep is None else keep.shape[1]
+    return weight.new_empty(images.shape[0], kept, weight.shape[0])
+
+
+@_backward.register_fake
+def _(dx, images, keep, weight, side, rows):
+    width = weight.shape[0]
+    return weight.new_empty(weight.shape), dx.new_empty(width), dx.new_empty(rows, width)
+
+
+@_backward_images.register_fake
+def _(dx, images, keep, weight, side):
+    return torch.empty(images.shape, dtype=images.dtype, device=images.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    images, keep, weight, bias, positions, ctx.side = inputs
+    ctx.has_bias, ctx.rows = bias is not None, positions.shape[0]
+    ctx.save_for_backward(images, keep, weight)
+
+
+def _gradient(ctx, dx: Tensor):
+    images, keep, weight = ctx.saved_tensors
+    dx = dx.contiguous()
+    dimages = None
+    if ctx.needs_input_grad[0]:
+        dimages = torch.ops.clipa.patch_embed_backward_images(dx, images, keep, weight, ctx.side)
+    dweight, dbias, dpositions = torch.ops.clipa.patch_embed_backward(
+        dx, images, keep, weight, ctx.side, ctx.rows
+    )
+    return dimages, None, dweight, dbias if ctx.has_bias else None, dpositions, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def _check_images(
+    images: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None
+) -> None:
+    name = "patch_embed"
+    require_tensor(name, images=images, weight=weight)
+    require_float(name, weight=weight)
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"{name}: images must be uint8 or floating point, got {describe(images)}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or not weight.numel():
+        raise ValueError(f"{name}: weight must be [D, C, P, P], got {describe(weight)}")
+    if images.dim() != 4 or images.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: images must be [B, {weight.shape[1]}, height, width] for weight "
+            f"{describe(weight)}, got {describe(images)}"
+        )
+    side, (height, width) = weight.shape[-1], images.shape[2:]
+    if not height or not width or height % side or width % side:
+        raise ValueError(
+            f"{name}: height and width must be multiples of the patch side {side}, "
+            f"got {height}x{width}"
+        )
+    if (mean is None) != (std is None):
+        raise ValueError(f"{name}: mean and std must come together, got only one of them")
+    for label, t, size in (("bias", bias, 0), ("mean", mean, 1), ("std", std, 1)):
+        if t is not None and t.shape != weight.shape[size : size + 1]:
+            raise ValueError(f"{name}: {label} must be [{weight.shape[size]}], got {describe(t)}")
+    if std is not None and readable(std) and bool((std == 0).any()):
+        raise ValueError(f"{name}: std must not be zero, got {std.tolist()}")
+    require_same_device(name, images=images, weight=weight, bias=bias, mean=mean, std=std)
+
+
+def _check_tokens(
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    pos_embed: Tensor,
+    cls_token: Tensor | None,
+) -> None:
+    name = "patch_embed"
+    require_tensor(name, pos_embed=pos_embed)
+    width, side = weight.shape[0], weight.shape[-1]
+    patches = (images.shape[2] // side) * (images.shape[3] // side)
+    prefix = 0
+    if cls_token is not None:
+        prefix = cls_token.numel() // width
+        if cls_token.shape not in ((width,), (prefix, width)) or not prefix:
+            raise ValueError(
+                f"{name}: cls_token must be [{width}] or [R, {width}], got {describe(cls_token)}"
+            )
+    if pos_embed.shape != (prefix + patches, width):
+        raise ValueError(
+            f"{name}: pos_embed must be [{prefix} prefix + {patches} patches, {width}], "
+            f"got {describe(pos_embed)}"
+        )
+    require_same_device(
+        name, images=images, weight=weight, keep=keep, pos_embed=pos_embed, cls_token=cls_token
+    )
+    if keep is None:
+        return
+    require_tensor(name, keep=keep)
+    require_integer(name, keep=keep)
+    if keep.dim() != 2 or keep.shape[0] != images.shape[0] or not keep.shape[1]:
+        raise ValueError(
+            f"{name}: keep must be [{images.shape[0]}, K] with K at least 1, got {describe(keep)}"
+        )
+    if readable(keep) and keep.numel():
+        low, high = keep.aminmax()
+        if low < 0 or high >= patches:
+            raise ValueError(
+                f"{name}: keep must hold patch numbers from 0 to {patches - 1}, "
+                f"got {int(low)} to {int(high)}"
+            )

@@ -1,0 +1,79 @@
+"""add_layer_norm: value and gradients of every implementation, dtypes of both streams, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import check_op
+
+from clipa_kernels import add_layer_norm, add_layer_norm_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 8), (37, 80), (0, 16), (3, 5, 24), (2, 129)]
+
+
+def inputs(shape):
+    torch.manual_seed(0)
+    d = shape[-1]
+    return {
+        "x": torch.randn(shape),
+        "residual": 3 * torch.randn(shape) + 1,
+        "weight": 1 + 0.3 * torch.randn(d),
+        "bias": torch.randn(d),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("first", [False, True], ids=["residual", "first"])
+def test_matches_the_reference(shape, dtype, first):
+    tensors = inputs(shape)
+    if first:
+        tensors["residual"] = None
+    check_op(
+        lambda **k: add_layer_norm(**k, impl="torch"), add_layer_norm_reference, tensors, dtype
+    )
+
+
+def test_reference_is_torchs_layer_norm():
+    t = {name: value.double() for name, value in inputs((7, 24)).items()}
+    y, total = add_layer_norm_reference(**t, eps=1e-6)
+    assert torch.equal(total, t["x"] + t["residual"])
+    torch.testing.assert_close(y, F.layer_norm(total, (24,), t["weight"], t["bias"], 1e-6))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_each_output_keeps_its_dtype(stream, autocast):
+    t = inputs((6, 16))
+    x, residual = t["x"].bfloat16(), t["residual"].to(stream)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, total = add_layer_norm(x, residual, t["weight"], t["bias"])
+    assert (y.dtype, total.dtype) == (torch.bfloat16, stream)
+    exact = F.layer_norm(x.double() + residual.double(), (16,), t["weight"].double(), None)
+    error = (y.double() - exact - t["bias"].double()).abs().max()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps * (exact.abs().max() + 3)
+
+
+def test_compiles_in_one_graph():
+    t = inputs((4, 16))
+    compiled = torch.compile(add_layer_norm, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(**t), add_layer_norm(**t), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"weight": torch.ones(3)}, ValueError, r"\[D\] for x \[..., D\], got 3 float32"),
+        ({"residual": torch.ones(3, 16)}, ValueError, "residual must have x's shape"),
+        ({"x": torch.ones(4, 16, dtype=torch.int64)}, TypeError, "x must be floating point"),
+        ({"bias": torch.ones(16, device="meta")}, ValueError, "must be on one device"),
+        ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, torch, reference, got 'cuda'"),
+        ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    ],
+    ids=["weight", "residual", "integer", "device", "eps", "impl", "none"],
+)
+def test_bad_input_is_named(change, error, words):
+    with pytest.raises(error, match=words):
+        add_layer_norm(**(inputs((4, 16)) | change))

@@ -1,0 +1,257 @@
+"""CLIP in the sizes and dialects of CLIPA, with open_clip's state-dict layout.
+
+A size names widths and depths, a dialect everything else that the published recipes differ in.
+`build("H", 14, dialect="clipa-v2")` is ViT-H-14-CLIPA as trained.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipa_kernels import Packed
+
+from .text import TextConfig, TextTransformer, resize_text_positions
+from .vit import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VisionConfig,
+    VisionTransformer,
+    resize_positions,
+)
+
+# width, depth, heads, MLP ratio of the image encoder; width, depth, heads of the text encoder; E.
+SIZES: dict[str, tuple[tuple[int, int, int, float], tuple[int, int, int], int]] = {
+    "demo": ((192, 4, 3, 4.0), (128, 2, 2), 128),
+    "Ti": ((192, 12, 3, 4.0), (192, 12, 3), 192),
+    "S": ((384, 12, 6, 4.0), (384, 12, 6), 384),
+    "M": ((512, 12, 8, 4.0), (512, 12, 8), 512),
+    "B": ((768, 12, 12, 4.0), (512, 12, 8), 512),
+    "L": ((1024, 24, 16, 4.0), (768, 12, 12), 768),
+    "H": ((1280, 32, 16, 4.0), (1024, 24, 16), 1024),
+    "g": ((1408, 40, 16, 4.3637), (1024, 24, 16), 1024),
+    "bigG": ((1664, 48, 16, 4.9231), (1280, 32, 20), 1280),
+}
+PATCH_SIZES = (8, 14, 16, 32)
+
+_CLIPA_V2 = {
+    "vision": dict(
+        pool="mean",
+        norm_after_pool=True,
+        ln_pre=False,
+        positions="sincos-moco",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ),
+    "text": dict(causal=False, pool="last", context=32, vocab_size=32000),
+}
+# What a recipe fixes beside the sizes. "both" goes to both encoders; init is "torch" or "jax".
+DIALECTS: dict[str, dict] = {
+    "openai": {"both": dict(gelu="quick", eps=1e-5), "init": "torch"},
+    "open_clip": {"both": dict(gelu="none", eps=1e-5), "init": "torch"},
+    "clipa-v1": {
+        "both": dict(gelu="none", eps=1e-5),
+        "vision": dict(positions="sincos-mae", norm_after_pool=True),
+        "text": dict(context=32),
+        "init": "torch",
+    },
+    "clipa-v2": {"both": dict(gelu="tanh", eps=1e-6), **_CLIPA_V2, "init": "jax"},
+    # The same weights as open_clip runs them: exact GELU, eps 1e-5, a learnable position table.
+    "clipa-v2-open_clip": {
+        "both": dict(gelu="none", eps=1e-5),
+        **_CLIPA_V2,
+        "vision": {**_CLIPA_V2["vision"], "positions": "learnable"},
+        "init": "torch",
+    },
+}
+
+
+class CLIP(TextTransformer):
+    """An image encoder beside a text encoder, whose parameters open_clip keeps at the top level.
+
+    forward gives open_clip's dict, ready for ClipLoss: image_features and text_features, both
+    [B, E] of length 1, logit_scale (already exp'd) and, if there is one, logit_bias.
+    """
+
+    def __init__(
+        self,
+        vision: VisionConfig,
+        text: TextConfig,
+        embed_dim: int,
+        *,
+        init: str = "torch",
+        logit_scale: float = 1 / 0.07,
+        logit_bias: float | None = None,
+        impl: str = "auto",
+    ):
+        super().__init__(text, embed_dim, impl)
+        self.embed_dim = embed_dim
+        self.visual = VisionTransformer(vision, embed_dim, impl)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
+        self.logit_bias = None
+        if logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)))
+        initialise(self, init)
+
+    def encode_image(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images [B, 3, S, S], keep [B, K] or None -> features [B, E], not normalised."""
+        return self.visual(images, keep)
+
+    def encode_text(self, text: Packed | Tensor) -> Tensor:
+        """Packed ids, or padded ids [B, S] as open_clip's -> features [B, E], not normalised."""
+        return super().forward(text)
+
+    def forward(
+        self, images: Tensor, text: Packed | Tensor, keep: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        out = {
+            "image_features": F.normalize(self.encode_image(images, keep), dim=-1),
+            "text_features": F.normalize(self.encode_text(text), dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out
+
+    def set_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward, and compute the block again."""
+        self.transformer.checkpointing = self.visual.transformer.checkpointing = enable
+
+
+def configs(
+    size: str, patch_size: int, dialect: str = "open_clip"
+) -> tuple[VisionConfig, TextConfig, int]:
+    """(VisionConfig, TextConfig, embed_dim) of a size in a dialect; replace() changes the rest."""
+    if size not in SIZES:
+        raise ValueError(f"configs: size must be one of {', '.join(SIZES)}, got {size!r}")
+    if dialect not in DIALECTS:
+        raise ValueError(f"configs: dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
+    (width, depth, heads, ratio), (text_width, text_depth, text_heads), embed_dim = SIZES[size]
+    chosen = DIALECTS[dialect]
+    vision = VisionConfig(width, depth, heads, ratio, patch_size, patch_size * 16)
+    vision = replace(vision, **chosen["both"], **chosen.get("vision", {}))
+    text = TextConfig(text_width, text_depth, text_heads)
+    text = replace(text, **chosen["both"], **chosen.get("text", {}))
+    return vision, text, embed_dim
+
+
+def build(
+    size: str,
+    patch_size: int,
+    *,
+    dialect: str = "open_clip",
+    vision: Mapping | None = None,
+    text: Mapping | None = None,
+    logit_scale: float = 1 / 0.07,
+    logit_bias: float | None = None,
+    impl: str = "auto",
+) -> CLIP:
+    """A CLIP with fresh weights; vision and text override fields of the two configs.
+
+    >>> model = build("demo", 8, vision=dict(image_size=32), text=dict(context=16))
+    >>> sorted(model.state_dict())[:3]
+    ['ln_final.bias', 'ln_final.weight', 'logit_scale']
+    """
+    vision_config, text_config, embed_dim = configs(size, patch_size, dialect)
+    return CLIP(
+        replace(vision_config, **(vision or {})),
+        replace(text_config, **(text or {})),
+        embed_dim,
+        init=DIALECTS[dialect]["init"],
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        impl=impl,
+    )
+
+
+@torch.no_grad()
+def initialise(model: CLIP, kind: str) -> None:
+    """Fresh weights as a dialect trains from.
+
+    torch: PyTorch's defaults in the image encoder (CLIPA torch, open_clip); jax: Xavier-uniform
+    there, zero class token, zero biases (CLIPA JAX). Text: OpenAI's rule in both.
+    """
+    text, visual = model.transformer, model.visual
+    nn.init.normal_(model.token_embedding.weight, std=0.02)
+    nn.init.normal_(model.positional_embedding, std=0.01)
+    nn.init.normal_(model.text_projection, std=text.width**-0.5)
+    for block in text.resblocks:
+        out_std = text.width**-0.5 * (2 * text.depth) ** -0.5
+        nn.init.normal_(block.attn.in_proj_weight, std=text.width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text.width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+    if kind != "jax":
+        return
+    nn.init.zeros_(visual.class_embedding)
+    nn.init.trunc_normal_(visual.conv1.weight, std=(3 * visual.config.patch_size**2) ** -0.5)
+    for block in visual.transformer.resblocks:
+        for third in block.attn.in_proj_weight.chunk(3):
+            nn.init.xavier_uniform_(third)
+        for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            nn.init.xavier_uniform_(layer.weight)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.dim() == 1:
+            parameter.zero_()
+
+
+def forward_flops(model: CLIP, image_tokens: int, text_tokens: float) -> float:
+    """FLOPs of the matrix products of one pair's forward pass; a training step takes three times.
+
+    image_tokens counts the class token, text_tokens what a caption has on average.
+    """
+    vision, text = model.visual.config, model.config
+
+    def tower(width: int, depth: int, ratio: float, tokens: float) -> float:
+        return depth * tokens * 2 * width * (width * (4 + 2 * ratio) + 2 * tokens)
+
+    patch = 2 * 3 * vision.patch_size**2 * vision.width * image_tokens
+    towers = tower(vision.width, vision.depth, vision.mlp_ratio, image_tokens)
+    towers += tower(text.width, text.depth, text.mlp_ratio, text_tokens)
+    return patch + towers + 2 * model.embed_dim * (vision.width + text.width)
+
+
+def plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the prefixes of DDP, torch.compile and open_clip's CustomTextCLIP."""
+    plain = {}
+    for key, value in state_dict.items():
+        parts = key.split(".")
+        while parts[0] in ("module", "_orig_mod", "text"):
+            parts = parts[1:]
+        plain[".".join(parts)] = value
+    return plain
+
+
+def load_weights(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights of open_clip's CLIP layout, position tables resized where sizes differ.
+
+    A fixed sin-cos table that the model computes for its own grid is kept when sizes differ.
+    Raises ValueError that names what is missing, left over, or of another shape.
+    """
+    weights = plain_keys(state_dict)
+    own = model.state_dict()
+    key = "visual.positional_embedding"
+    if key in weights and weights[key].shape != own[key].shape:
+        side = model.visual.config.image_size // model.visual.config.patch_size
+        fixed = model.visual.config.positions != "learnable"
+        weights[key] = own[key] if fixed else resize_positions(weights[key], (side, side))
+    key = "positional_embedding"
+    if key in weights and weights[key].shape != own[key].shape:
+        weights[key] = resize_text_positions(weights[key], own[key].shape[0])
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"load_weights: keys must be the model's, got {len(missing)} missing "
+            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for key, value in weights.items():
+        if value.numel() == own[key].numel() and key in ("logit_scale", "logit_bias"):
+            weights[key] = value.reshape(own[key].shape)  # open_clip may keep them as [1]
+        elif value.shape != own[key].shape:
+            raise ValueError(
+                f"load_weights: {key} must be {list(own[key].shape)}, got {list(value.shape)}"
+            )
+    model.load_state_dict(weights)

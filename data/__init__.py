@@ -1,0 +1,1 @@
+"""Image-text pairs: the embedded set (emoji), tar shards, crops and colours, text, batches."""

@@ -1,0 +1,298 @@
+"""Crop, resize, bend and colour uint8 batches; each draw depends on (seed, step, sample) alone.
+
+A crop is two products with banded weight matrices, out = Wy @ image @ Wx^T, with antialiased
+bilinear weights; it equals torch's interpolate(crop, mode="bilinear", antialias=True). Colours are
+one 3x3 matrix with a bias.
+
+The crop is torchvision's RandomResizedCrop (area, then log-uniform aspect, ten tries). The colour
+change is brightness, contrast, saturation and hue in this fixed order, with one rounding at the end
+(torchvision rounds and clips after each, in random order); hue turns RGB about the grey axis.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipa_kernels.masking import philox_uniform
+
+AUGMENT_STREAM, SHAPE_STREAM = 2, 0xFF02
+_TRIES = 10  # as torchvision
+_FIELD = 4  # knots a side of the field that bends an image
+_COLOUR = 2 * _TRIES + 2  # first column of the colours' 16; before it sizes and places
+_SHIFT = _COLOUR + 16
+_DRAWS = _SHIFT + 4  # two shifts, turn, flip
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training changes about an image; the defaults are CLIPA's crop and no more.
+
+    CLIPA v1 L/16 adds brightness = contrast = saturation = 0.32, hue = 0.08, grey = 0.2.
+    """
+
+    scale: tuple[float, float] = (0.4, 1.0)  # share of the area; above 1 it shrinks on `fill`
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    brightness: float = 0.0  # factor in 1 +- this
+    contrast: float = 0.0  # factor in 1 +- this, about the mean grey
+    saturation: float = 0.0  # factor in 1 +- this
+    hue: float = 0.0  # turns, in +- this; at most 0.5
+    jitter: float = 0.8  # probability that an image's colours change by the four above
+    mix: float = 0.0  # every channel gains up to +- this share of every channel
+    grey: float = 0.0  # probability of losing all colour
+    invert: float = 0.0  # probability of a negative
+    flip: float = 0.0  # probability of a left-right flip (CLIPA has none)
+    shift: float = 0.0  # share of the side that the crop moves, in +- this, beyond the edge too
+    rotate: float = 0.0  # degrees, in +- this, about the centre
+    warp: float = 0.0  # deviation, in half sides, of a smooth random field that bends the image
+    outline: float = 0.0  # probability of darker edges, by up to twice the local contrast
+    fill: int = 255  # grey level outside the image
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"Augmentation: {name} must rise from above 0, got {(low, high)}")
+        for name in ("jitter", "grey", "invert", "flip", "outline"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"Augmentation: {name} must be in [0, 1], got {getattr(self, name)}"
+                )
+        for name in ("brightness", "contrast", "saturation", "mix", "shift", "rotate", "warp"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"Augmentation: {name} must not be negative, got {getattr(self, name)}"
+                )
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"Augmentation: hue must be in [0, 0.5] turns, got {self.hue}")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"Augmentation: fill must be in [0, 255], got {self.fill}")
+
+    @property
+    def changes_colour(self) -> bool:
+        """Whether any colour may differ after."""
+        jitters = max(self.brightness, self.contrast, self.saturation, self.hue) * self.jitter
+        return max(jitters, self.mix, self.grey, self.invert) > 0
+
+
+def augment(
+    images: Tensor,
+    size: int,
+    how: Augmentation | None = None,
+    *,
+    seed: int,
+    step: int,
+    first_sample: int = 0,
+) -> Tensor:
+    """Random crop, resize and colour of a batch.
+
+    Args:
+        images: uint8 [B, H, W, 3], the images of samples first_sample, first_sample + 1, ...
+        size: side of the result in pixels.
+        how: strengths; None is Augmentation().
+        seed, step, first_sample: with the row they decide every draw, so any split of a batch over
+            processes gives the same pixels.
+
+    Returns:
+        uint8 [B, size, size, 3].
+
+    Raises:
+        TypeError: images is not a uint8 tensor. ValueError: its shape or the size is off.
+
+    >>> batch = torch.zeros(2, 72, 72, 3, dtype=torch.uint8)
+    >>> augment(batch, 16, seed=0, step=0).shape
+    torch.Size([2, 16, 16, 3])
+    """
+    _check_batch("augment", images, size)
+    how = how or Augmentation()
+    draws = sample_draws(len(images), seed=seed, step=step, first_sample=first_sample)
+    shapes = None
+    if how.warp or how.outline:
+        samples = torch.arange(first_sample, first_sample + len(images))
+        shapes = philox_uniform(seed, step, samples, 2 + 2 * _FIELD**2, stream=SHAPE_STREAM)
+    if how.outline:
+        images = _outlined(images, shapes[:, 0] < how.outline, 2 * shapes[:, 1])
+    height, width = images.shape[1:3]
+    top, left, tall, wide = _boxes(height, width, draws, how)
+    bent = how.rotate or how.warp
+    fine = 2 * size if bent else size  # bent from twice the size: stays sharp
+    beyond = math.sqrt(max(1.0, how.scale[1])) - 1 + how.shift
+    rows = _weights(top, tall, fine, height, math.ceil(beyond * height))
+    columns = _weights(left, wide, fine, width, math.ceil(beyond * width))
+    if how.flip:
+        flipped = (draws[:, -1] < how.flip)[:, None, None]
+        columns = torch.where(flipped, columns.flip(1), columns)
+    planes = _apply(images, rows, columns, how.fill)
+    if bent:
+        field = None if not how.warp else how.warp * 12**0.5 * (shapes[:, 2:] - 0.5)
+        planes = _bend(planes, (2 * draws[:, -2] - 1) * math.radians(how.rotate), field)
+    planes = planes.add_(how.fill)
+    if how.changes_colour:
+        planes = _recolour(planes, draws, how)
+    return _to_uint8(planes)
+
+
+def recolour(
+    images: Tensor, how: Augmentation, *, seed: int, step: int, first_sample: int = 0
+) -> Tensor:
+    """The colour part of `augment` alone, for cropped images: uint8 [B, H, W, 3] to the same."""
+    _check_batch("recolour", images, 1)
+    if not how.changes_colour:
+        return images
+    draws = sample_draws(len(images), seed=seed, step=step, first_sample=first_sample)
+    return _to_uint8(_recolour(images.permute(0, 3, 1, 2).float(), draws, how))
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Direct resize to a square (no crop), antialiased bilinear: how images are evaluated.
+
+    Args:
+        images: uint8 [B, H, W, 3]. size: side of the result in pixels.
+
+    Returns:
+        uint8 [B, size, size, 3]; the images themselves where they have that size.
+
+    Raises:
+        TypeError: images is not a uint8 tensor. ValueError: its shape or the size is off.
+    """
+    _check_batch("resize", images, size)
+    height, width = images.shape[1:3]
+    if (height, width) == (size, size):
+        return images
+    zero = torch.zeros(1, dtype=torch.long)
+    rows = _weights(zero, zero + height, size, height)
+    columns = _weights(zero, zero + width, size, width)
+    return _to_uint8(_apply(images, rows, columns, 0))
+
+
+def sample_draws(count: int, *, seed: int, step: int, first_sample: int = 0) -> Tensor:
+    """The uniform numbers that decide an image's augmentation, float32 [count, 42]."""
+    samples = torch.arange(first_sample, first_sample + count)
+    return philox_uniform(seed, step, samples, _DRAWS, stream=AUGMENT_STREAM)
+
+
+def _boxes(
+    height: int, width: int, draws: Tensor, how: Augmentation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height, width int64 [B] of the crops; the first of ten tries that fits."""
+    low, high = how.scale
+    room = math.sqrt(max(1.0, high))
+    area = height * width * (low + (high - low) * draws[:, :_TRIES])
+    logs = math.log(how.ratio[0]), math.log(how.ratio[1])
+    ratio = (logs[0] + (logs[1] - logs[0]) * draws[:, _TRIES : 2 * _TRIES]).exp()
+    wide = (area * ratio).sqrt().round().long().clamp_(min=1)
+    tall = (area / ratio).sqrt().round().long().clamp_(min=1)
+    fits = (wide <= round(width * room)) & (tall <= round(height * room))
+    first = fits.int().argmax(dim=1, keepdim=True)
+    wide, tall, any_fits = wide.gather(1, first)[:, 0], tall.gather(1, first)[:, 0], fits.any(1)
+    wide = torch.where(any_fits, wide, min(width, round(height * how.ratio[1])))
+    tall = torch.where(any_fits, tall, min(height, round(width / how.ratio[0])))
+    at = draws[:, 2 * _TRIES : _COLOUR]
+    top = ((height - tall).float() * at[:, 0]).round().long()
+    left = ((width - wide).float() * at[:, 1]).round().long()
+    if how.shift:
+        moved = (2 * draws[:, _SHIFT : _SHIFT + 2] - 1) * how.shift
+        top = top + (moved[:, 0] * height).round().long()
+        left = left + (moved[:, 1] * width).round().long()
+    return top, left, tall, wide
+
+
+def _weights(start: Tensor, length: Tensor, size: int, source: int, outside: int = 0) -> Tensor:
+    """Antialiased bilinear weights of pixels start to start + length: float32 [B, size, source].
+
+    `outside` is how far a crop may reach beyond the image; a number of its own for each batch would
+    change the order of a sum, and with it a pixel, by the batch's other rows.
+    """
+    pixel = torch.arange(-outside, source + outside) + 0.5
+    per_pixel = (length / size)[:, None]
+    centre = start[:, None] + (torch.arange(size) + 0.5) * per_pixel
+    reach = per_pixel.clamp(min=1)[..., None]
+    weights = (1 - (pixel - centre[..., None]).abs_().div_(reach)).clamp_(min=0)
+    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
+    weights *= inside[:, None]
+    weights /= weights.sum(-1, keepdim=True)
+    return weights[..., outside : outside + source]
+
+
+def _apply(images: Tensor, rows: Tensor, columns: Tensor, fill: int) -> Tensor:
+    """rows @ (image - fill) @ columns^T for each image and colour: float32 [B, 3, size, size]."""
+    batch, height, width, _ = images.shape
+    size = rows.shape[1]
+    lines = rows @ images.reshape(batch, height, 3 * width).float().sub_(fill)
+    planes = lines.view(batch, size, width, 3).permute(0, 3, 1, 2).reshape(batch, 3 * size, width)
+    return (planes @ columns.transpose(1, 2)).view(batch, 3, size, size)
+
+
+def _bend(planes: Tensor, angle: Tensor, field: Tensor | None) -> Tensor:
+    """Turn about the centre, move by a field of _FIELD x _FIELD knots, and halve the side.
+
+    A point of the result lies between four pixels of planes, so bilinear weights average these.
+    """
+    side = planes.shape[-1] // 2
+    at = (torch.arange(side) + 0.5) * (2 / side) - 1
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    x, y = at[None, None, :], at[None, :, None]
+    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
+    if field is not None:
+        knots = field.view(-1, 2, _FIELD, _FIELD)
+        grid += F.interpolate(knots, (side, side), mode="bicubic").permute(0, 2, 3, 1)
+    return F.grid_sample(planes, grid, align_corners=False)
+
+
+def _outlined(images: Tensor, chosen: Tensor, strength: Tensor) -> Tensor:
+    """Edges of the chosen images darkened by strength times the contrast of their 3x3 pixels."""
+    picked = images[chosen].float()
+    grey = picked.mean(3).unsqueeze(1)
+    edge = F.max_pool2d(grey, 3, 1, 1) + F.max_pool2d(-grey, 3, 1, 1)
+    darker = picked - strength[chosen].view(-1, 1, 1, 1) * edge.permute(0, 2, 3, 1)
+    images = images.clone()
+    images[chosen] = darker.clamp_(0, 255).round_().to(torch.uint8)
+    return images
+
+
+def _recolour(planes: Tensor, draws: Tensor, how: Augmentation) -> Tensor:
+    """One 3x3 matrix and bias an image, on float32 [B, 3, H, W]."""
+    draws = draws[:, _COLOUR:_SHIFT]
+    strengths = (how.brightness, how.contrast, how.saturation, how.hue)
+    strengths = torch.tensor(strengths) * (draws[:, :1] < how.jitter)
+    change = (2 * draws[:, 1:5] - 1) * strengths
+    bright, contrast, saturation = (1 + change[:, :3]).clamp(min=0).unbind(1)
+    saturation = saturation * (draws[:, 5] >= how.grey)
+    angle = 2 * math.pi * change[:, 3]
+    to_grey = torch.tensor(_GREY).expand(3, 3)
+    grey_axis = torch.full((3, 3), 1 / 3)
+    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    hue = cos * torch.eye(3) + (1 - cos) * grey_axis + sin * across  # Rodrigues' rotation
+    kept = saturation[:, None, None]
+    matrix = hue @ (kept * torch.eye(3) + (1 - kept) * to_grey)
+    # Rows of the mixing matrix keep their sum: grey stays grey.
+    mixed = (2 * draws[:, 7:] - 1).view(-1, 3, 3) * how.mix
+    matrix = (torch.eye(3) + mixed - mixed.mean(2, keepdim=True)) @ matrix
+    mean = planes.mean((2, 3)) @ torch.tensor(_GREY) * bright
+    # Equal channels pass every matrix here unchanged, so the contrast's bias stays a grey level.
+    bias = ((1 - contrast) * mean)[:, None].expand(-1, 3)
+    matrix = matrix * (bright * contrast)[:, None, None]
+    sign = 1 - 2 * (draws[:, 6] < how.invert).float()
+    bias = sign[:, None] * bias + 255 * (sign < 0)[:, None]
+    flat = torch.baddbmm(bias[..., None], sign[:, None, None] * matrix, planes.flatten(2))
+    return flat.view_as(planes)
+
+
+def _to_uint8(planes: Tensor) -> Tensor:
+    return planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _check_batch(function: str, images: Tensor, size: int) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        came = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"{function}: images must be a uint8 tensor, got {came}")
+    if images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
+        raise ValueError(
+            f"{function}: images must be [B, H, W, 3], got {'x'.join(map(str, images.shape))}"
+        )
+    if size < 1:
+        raise ValueError(f"{function}: size must be at least 1 pixel, got {size}")

@@ -1,0 +1,320 @@
+"""Checkpoints: exact resume, kills and damage, what is kept and refused, open_clip's reading."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint
+from training.checkpoint import (
+    StopSignal,
+    check_matches,
+    checkpoints,
+    latest,
+    load,
+    pack_state,
+    restore,
+    rng_state,
+    save,
+    set_aside,
+    set_rng_state,
+    weights,
+)
+from training.config import Config
+from training.optim import adamw
+
+ROOT = Path(__file__).parent.parent
+CONFIG = Config(lr=0.1, steps=10, model="demo", dialect="openai", patch_size=8, vocab_size=2000)
+
+
+def build(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+
+
+def state_at(step: int, stage: str = "short", **more: object) -> dict:
+    """A small state that says which step it is of."""
+    model = build(seed=step)
+    return pack_state(model, adamw(model, CONFIG), replace(CONFIG, stage=stage), step=step, **more)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = model(torch.randn(16, 4)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def damage(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    at = whole.index(load(path)["state_dict"]["0.weight"].numpy().tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]  # in a weight
+    broken = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"not found"}
+    path.write_bytes((broken | {"flipped": flipped})[how])
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+def test_resume_repeats_the_losses(tmp_path):
+    model = build()
+    optimizer = adamw(model, CONFIG)
+    train(model, optimizer, 3)
+    packed = pack_state(model, optimizer, CONFIG, step=3, tokenizer="{}", metrics={"top1": [0.5]})
+    save(tmp_path, packed, 3)
+    expected = train(model, optimizer, 4)
+
+    state = latest(tmp_path)
+    assert (state["step"], state["stage"], state["tokenizer"]) == (3, "short", "{}")
+    assert state["metrics"] == {"top1": [0.5]}
+    other = build(seed=9)
+    optimizer = adamw(other, CONFIG)
+    assert restore(state, other, optimizer) == 3
+    assert train(other, optimizer, 4) == expected
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert latest(tmp_path) is None
+    assert latest(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "text", "flipped"])
+def test_broken_newest_is_skipped_with_a_warning(how, tmp_path):
+    save(tmp_path, state_at(1), 1)
+    damage(save(tmp_path, state_at(2), 2), how)
+    with pytest.warns(UserWarning, match=r"short-00000002\.pt must be a whole checkpoint, got"):
+        assert latest(tmp_path)["step"] == 1
+
+
+def test_all_broken_does_not_start_over(tmp_path):
+    for path in [save(tmp_path, state_at(step), step) for step in (1, 2)]:
+        damage(path, "half")
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(RuntimeError, match="one of the 2 checkpoints .* must be readable"),
+    ):
+        latest(tmp_path)
+
+
+def test_keeps_the_last_of_each_stage(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, state_at(step), step, keep=2)
+    assert names(tmp_path) == ["short-00000003.pt", "short-00000004.pt"]
+    save(tmp_path, state_at(1, "full"), 1, keep=2)
+    assert names(tmp_path) == ["short-00000004.pt", "full-00000001.pt"]
+    assert latest(tmp_path)["stage"] == "full"
+
+
+def test_broken_ones_do_not_push_out_good_ones(tmp_path):
+    save(tmp_path, state_at(1), 1, keep=1)
+    good = (tmp_path / "short-00000001.pt").read_bytes()
+    damage(save(tmp_path, state_at(2), 2, keep=2), "half")
+    save(tmp_path, state_at(3), 3, keep=2)
+    assert names(tmp_path) == ["short-00000001.pt", "short-00000003.pt"]
+    assert (tmp_path / "short-00000001.pt").read_bytes() == good
+
+
+def test_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    save(tmp_path, state_at(1), 1, keep=1)
+
+    def disk_full(state, file):
+        file.write(b"PK half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(RuntimeError, match=r"short-00000002\.pt must be writable, got .* No space"):
+        save(tmp_path, state_at(2), 2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["short-00000001.pt"]
+
+
+def test_save_refuses(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        save(tmp_path, state_at(1), 1, keep=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="must be writable"):
+        save(tmp_path / "file", state_at(1), 1)
+
+
+KILLED = """
+import io, sys, time, torch
+from training.checkpoint import save
+state = {"state_dict": {"weight": torch.ones(1000)}, "optimizer": {}, "stage": "short", "step": 1}
+state |= {"config": "{}", "rng": {}}
+save(sys.argv[1], state, 1, keep=1)
+write = torch.save
+def half(state, file):
+    whole = io.BytesIO()
+    write(state, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    print("half written", flush=True)
+    time.sleep(60)
+torch.save = half
+save(sys.argv[1], state | {"step": 2}, int(sys.argv[2]), keep=1)
+"""
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["over-the-old", "beside-the-old"])
+def test_kill_9_while_writing_leaves_the_old_one(step, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "half written\n"
+        child.kill()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = latest(tmp_path)
+    assert state["step"] == 1
+    save(tmp_path, state_at(3), 3)
+    assert not list(tmp_path.glob(".*"))  # the killed write's leftover is gone
+
+
+def test_load_refuses(tmp_path):
+    with pytest.raises(ValueError, match="path must be a checkpoint file, got .*none.pt"):
+        load(tmp_path / "none.pt")
+    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"must hold config, .* got only epoch, state_dict"):
+        load(tmp_path / "other.pt")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"must hold config, .* got only list"):
+        load(tmp_path / "list.pt")
+
+
+def test_load_runs_no_code_of_the_file(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/harmed",)
+
+    torch.save({"state_dict": Harm()}, tmp_path / "harm.pt")
+    with pytest.raises(RuntimeError, match="must be a whole checkpoint"):
+        load(tmp_path / "harm.pt")
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped(prefix):
+    state = state_at(1)
+    want = dict(state["state_dict"])
+    state["state_dict"] = {prefix + name: tensor for name, tensor in want.items()}
+    assert weights(state).keys() == want.keys()
+    restore(state, build(seed=5))
+
+
+def test_compiled_model_is_saved_without_prefix():
+    model = build()
+    packed = pack_state(torch.compile(model), adamw(model, CONFIG), CONFIG, step=0)
+    assert packed["state_dict"].keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": "B"}, "model must be 'B' as in this run, got 'demo'"),
+        ({"dialect": "clipa-v2"}, "dialect must be 'clipa-v2' .* got 'openai'"),
+        ({"patch_size": 4}, "patch_size must be 4 .* got 8"),
+        ({"vocab_size": 9}, "vocab_size must be 9 .* got 2000"),
+    ],
+    ids=["size", "dialect", "patch", "vocabulary"],
+)
+def test_checkpoint_of_another_model_by_config(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_matches(state_at(1), replace(CONFIG, **change))
+
+
+def test_checkpoint_of_another_model_by_its_tensors():
+    state = state_at(1)
+    check_matches(state, CONFIG, build())
+    wider = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"2\.weight must have shape \(3, 8\), got \(2, 8\)"):
+        check_matches(state, CONFIG, wider)
+    with pytest.raises(ValueError, match=r"must hold 3\.weight, got one without it"):
+        check_matches(state, CONFIG, build().append(nn.LayerNorm(2, bias=False)))
+    with pytest.raises(ValueError, match=r"must not hold 1\.bias, got one with it"):
+        check_matches(state, CONFIG, nn.Sequential(nn.Linear(4, 8), nn.Identity(), wider[2]))
+
+
+def test_checkpoint_of_another_stage():
+    state = state_at(1, "full")
+    check_matches(state, CONFIG)
+    with pytest.raises(ValueError, match="stage must be short, got 'full'"):
+        check_matches(state, CONFIG, stage="short")
+    with pytest.raises(ValueError, match="stage must be short, got 'full'"):
+        check_matches(state, replace(CONFIG, finetune_steps=0))
+
+
+def test_rng_state_covers_python_numpy_and_torch(tmp_path):
+    torch.save(rng_state(), tmp_path / "rng.pt")
+    first = (random.random(), np.random.rand(), torch.rand(1).item())
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+
+
+def test_set_aside_moves_the_abandoned_run(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, state_at(step), step, keep=3)
+    assert set_aside(tmp_path, after=tmp_path / "short-00000003.pt") is None
+    monkeypatch.chdir(tmp_path)
+    moved = set_aside(tmp_path, after="short-00000001.pt")  # the same file by another path
+    assert names(tmp_path) == ["short-00000001.pt"]
+    assert names(moved) == ["short-00000002.pt", "short-00000003.pt"]
+    again = set_aside(tmp_path)
+    assert again != moved and names(again) == ["short-00000001.pt"] and latest(tmp_path) is None
+    assert set_aside(tmp_path) is None
+
+
+def test_open_clip_reads_the_weights(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    def tiny(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        vision = CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16)
+        text = CLIPTextCfg(context_length=4, vocab_size=20, width=32, heads=2, layers=1)
+        return CLIP(16, vision, text)
+
+    ours, theirs = tiny(0), tiny(1)
+    path = save(tmp_path, pack_state(ours, adamw(ours, CONFIG), CONFIG, step=1), 1)
+    open_clip.load_checkpoint(theirs, str(path))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_stop_signal_sets_a_flag(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.name == name
+    assert signal.getsignal(number) == before
+
+
+def test_second_interrupt_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_file_names_sort_by_stage_then_step(tmp_path):
+    for name in ("full-00000001.pt", "short-00000020.pt", "short-00000003.pt", "x.pt"):
+        (tmp_path / name).write_text("")
+    assert [re.sub("0+", "", name) for name in names(tmp_path)] == [
+        "short-3.pt", "short-2.pt", "full-1.pt",
+    ]  # fmt: skip
+    assert checkpoint.STAGES == ("short", "full")

@@ -1,0 +1,199 @@
+"""Decay scope, schedule, clipping and the clamp, against open_clip's rules where it has them."""
+
+import math
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+from training.config import Config
+from training.optim import (
+    adamw,
+    clamp_scale_,
+    clip_gradients,
+    is_decayed,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+    unwrap,
+)
+
+SHAPES = {
+    "positional_embedding": (4, 8),
+    "text_projection": (8, 8),
+    "logit_scale": (),
+    "logit_bias": (1, 1),
+    "visual.class_embedding": (8,),
+    "visual.positional_embedding": (5, 8),
+    "visual.proj": (8, 8),
+    "visual.conv1.weight": (8, 3, 4, 4),
+    "visual.ln_pre.weight": (8,),
+    "visual.transformer.resblocks.0.ln_1.weight": (8,),
+    "visual.transformer.resblocks.0.attn.in_proj_weight": (24, 8),
+    "visual.transformer.resblocks.0.attn.in_proj_bias": (24,),
+    "visual.transformer.resblocks.0.attn.out_proj.weight": (8, 8),
+    "transformer.resblocks.0.mlp.c_fc.weight": (32, 8),
+    "transformer.resblocks.0.mlp.c_fc.bias": (32,),
+    "token_embedding.weight": (16, 8),
+    "ln_final.bias": (8,),
+}
+KERNELS = {
+    "text_projection",
+    "visual.proj",
+    "visual.conv1.weight",
+    "visual.transformer.resblocks.0.attn.in_proj_weight",
+    "visual.transformer.resblocks.0.attn.out_proj.weight",
+    "transformer.resblocks.0.mlp.c_fc.weight",
+}
+TABLES = {"positional_embedding", "visual.positional_embedding", "token_embedding.weight"}
+
+
+def build(shapes: dict[str, tuple] = SHAPES) -> nn.Module:
+    """A module whose parameters have open_clip's names."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        at = root
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, nn.Module())
+            at = getattr(at, part)
+        at.register_parameter(leaf, nn.Parameter(torch.ones(shape)))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("dialect", "decayed"),
+    [("openai", KERNELS | TABLES), ("clipa-v1", KERNELS | TABLES), ("clipa-v2", KERNELS)],
+)
+def test_decay_scope(dialect, decayed):
+    model = build()
+    names = {name for name, p in model.named_parameters() if is_decayed(name, p, dialect)}
+    assert names == decayed
+    with_decay, without = parameter_groups(model, Config(dialect=dialect, weight_decay=0.3))
+    assert len(with_decay["params"]) == len(decayed) and with_decay["weight_decay"] == 0.3
+    assert len(without["params"]) == len(SHAPES) - len(decayed) and without["weight_decay"] == 0
+
+
+def test_every_dialect_of_the_flag_has_its_rules():
+    for dialect in typing.get_args(typing.get_type_hints(Config)["dialect"]):
+        assert adamw(build(), Config(dialect=dialect)).defaults["eps"] in (1e-6, 1e-8)
+
+
+def test_decay_scope_is_the_same_under_wrappers():
+    outer = nn.Module()
+    outer.add_module("module", build())
+    names = {name for name, p in outer.named_parameters() if is_decayed(name, p, "openai")}
+    assert names == {f"module.{name}" for name in KERNELS | TABLES}
+
+
+def test_unknown_dialect():
+    with pytest.raises(ValueError, match="dialect must be one of openai.* got 'clip'"):
+        is_decayed("weight", torch.ones(2, 2), "clip")
+
+
+@pytest.mark.parametrize(
+    ("config", "eps"),
+    [
+        (Config(dialect="openai"), 1e-6),
+        (Config(dialect="clipa-v1"), 1e-6),
+        (Config(dialect="clipa-v2"), 1e-8),
+        (Config(dialect="clipa-v2", adam_eps=1e-4), 1e-4),
+    ],
+    ids=["openai", "v1", "v2", "given"],
+)
+def test_adamw_follows_the_dialect(config, eps):
+    optimizer = adamw(build(), config)
+    assert optimizer.defaults["eps"] == eps
+    assert optimizer.defaults["betas"] == (config.beta1, config.beta2)
+    assert optimizer.defaults["fused"]
+
+
+def test_adamw_decays_only_its_scope():
+    model = build()
+    optimizer = adamw(model, Config(dialect="clipa-v2", lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        want = 1 - 0.1 * 0.5 if name in KERNELS else 1.0
+        torch.testing.assert_close(parameter, torch.full_like(parameter, want))
+
+
+def test_adamw_leaves_frozen_parameters_out_and_needs_one():
+    model = build()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="must have a parameter that requires a gradient"):
+        adamw(model, Config())
+    model.logit_scale.requires_grad_(True)
+    assert sum(len(group["params"]) for group in adamw(model, Config()).param_groups) == 1
+
+
+@pytest.mark.parametrize("warmup", [0, 7, 40])
+def test_learning_rate_is_open_clips(warmup):
+    cosine_lr = pytest.importorskip("open_clip_train.scheduler").cosine_lr
+    config = Config(lr=0.3, warmup=warmup, steps=40)
+    theirs = cosine_lr(torch.optim.SGD([torch.ones(1)]), 0.3, warmup, 40)
+    for step in range(40):
+        assert learning_rate(step, config) == pytest.approx(theirs(step), abs=1e-12)
+
+
+def test_learning_rate_ends_at_zero_and_stays():
+    config = Config(lr=1.0, warmup=2, steps=10)
+    assert learning_rate(10, config) == learning_rate(11, config) == 0
+    assert learning_rate(9, config) > 0
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        learning_rate(-1, config)
+
+
+def test_set_learning_rate_reaches_every_group():
+    config = Config(lr=1.0, warmup=2, steps=10)
+    optimizer = adamw(build(), config)
+    assert set_learning_rate(optimizer, 0, config) == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, 100.0])
+def test_clip_gradients(max_norm):
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, 2))]
+    parameters.append(nn.Parameter(torch.zeros(1)))  # has no gradient
+    for parameter in parameters[:2]:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    before = math.sqrt(11 * 4)
+    norm = clip_gradients(parameters, max_norm)
+    assert norm.item() == pytest.approx(before)
+    after = torch.cat([p.grad.flatten() for p in parameters[:2]]).norm().item()
+    assert after == pytest.approx(1.0 if max_norm == 1.0 else before, rel=1e-5)
+
+
+def test_clip_gradients_of_nothing_and_below_zero():
+    assert clip_gradients([nn.Parameter(torch.zeros(3))], 1.0) == 0
+    with pytest.raises(ValueError, match="max_norm must be at least 0, got -1"):
+        clip_gradients([], -1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "bound"),
+    [
+        (Config(dialect="openai"), 100),
+        (Config(dialect="clipa-v1"), 100),
+        (Config(dialect="clipa-v2"), None),
+        (Config(dialect="clipa-v2", max_scale=50.0), 50),
+        (Config(dialect="openai", max_scale=0.0), None),
+    ],
+    ids=["openai", "v1", "v2", "v2-given", "off"],
+)
+@pytest.mark.parametrize("start", [-1.0, 2.0, 6.0])
+def test_clamp_scale(config, bound, start):
+    model = nn.Module()
+    model.logit_scale = nn.Parameter(torch.tensor(start))
+    clamp_scale_(model, config)
+    want = start if bound is None else min(max(start, 0.0), math.log(bound))
+    assert model.logit_scale.item() == pytest.approx(want)
+
+
+def test_unwrap_compiled_model():
+    model = nn.Linear(2, 2)
+    assert unwrap(torch.compile(model)) is model
+    assert unwrap(model) is model

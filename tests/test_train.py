@@ -1,0 +1,280 @@
+"""The program: a whole run, a kill and a resume, several processes, parts of a batch, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data.emoji import load_emoji
+from data.loader import EmojiLoader
+from data.text import Tokenizer, train_wordpiece
+from evaluate import build_model
+from training import checkpoint
+from training.config import Config, preset
+from training.distributed import World
+from training.optim import adamw
+
+ROOT = Path(__file__).parents[1]
+# A run of seconds: 12 steps of few tokens with masks, 6 of all tokens.
+SMALL = {
+    "model": "demo",
+    "image_size": 32,
+    "image_mask": "random",
+    "image_drop": 0.75,
+    "steps": 12,
+    "warmup": 2,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "finetune_steps": 6,
+    "finetune_batch_size": 32,
+    "finetune_warmup": 1,
+    "finetune_image_size": 32,
+    "save_every": 4,
+    "log_every": 1,
+    "precision": "fp32",
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+def flags(folder, **change):
+    values = SMALL | {"output": str(folder)} | change
+    return [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def start(folder, *launcher, **change):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, "train.py", *flags(folder, **change)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def rows(folder):
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(folder):
+    return {(row["stage"], row["step"]): row["loss"] for row in rows(folder)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(start(folder))
+
+
+def test_a_run_leaves_log_results_picture_and_checkpoints(whole):
+    folder, out = whole
+    log = rows(folder)
+    assert [(r["stage"], r["step"]) for r in log] == [
+        *(("short", i) for i in range(1, 13)),
+        *(("full", i) for i in range(1, 7)),
+    ]
+    for key in ("loss", "lr", "scale", "samples_per_s", "tokens_per_s", "data_wait"):
+        assert all(isinstance(row[key], float) for row in log), key
+    results = json.loads((folder / "results.json").read_text())
+    assert {"short", "full"} <= results["seconds"].keys()
+    for stage in ("short", "full"):
+        splits = results["stages"][stage]
+        assert splits["held-out drawings"]["n"] == 382
+        for name in ("held-out drawings: twemoji", "held-out drawings: openmoji"):
+            assert splits[name]["chance"] == 1 / 191
+        for figures in splits.values():
+            keys = ("top1", "top5", "text_to_image_r1", "image_to_text_r5")
+            assert all(0 <= figures[key] <= 1 for key in keys)
+            assert figures["top1"] <= figures["top5"]
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in checkpoint.checkpoints(folder)] == [
+        "short-00000012.pt",
+        "full-00000004.pt",
+        "full-00000006.pt",
+    ]
+    assert "held-out drawings" in out and str(folder) in out.splitlines()[-1]
+
+
+def test_a_finished_run_is_not_trained_again(whole):
+    folder, _ = whole
+    before = losses(folder)
+    out = finish(start(folder))
+    assert "resumed at step 6 of stage full" in out and losses(folder) == before
+
+
+@pytest.mark.parametrize("at", [("short", 6), ("full", 5)], ids=["short", "full"])
+def test_killed_and_resumed_gives_the_same_losses(whole, tmp_path, at):
+    process = start(tmp_path)
+    deadline = time.monotonic() + 200
+    while at not in losses(tmp_path) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()  # SIGKILL
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, process.stdout.read()
+    finish(start(tmp_path))
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
+    process = start(tmp_path, save_every=1000)
+    deadline = time.monotonic() + 200
+    while not losses(tmp_path) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    out = finish(process)
+    assert "SIGTERM: saved at step" in out
+    finish(start(tmp_path, save_every=1000))
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_two_processes_give_the_losses_of_one(whole, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    finish(start(tmp_path, *torchrun, accumulate=2))  # parts of a batch as well, in one stage
+    ours, one = losses(tmp_path), losses(whole[0])
+    assert ours.keys() == one.keys()
+    for key, loss in one.items():
+        assert ours[key] == pytest.approx(loss, rel=2e-4), key
+
+
+def steps_of(stage, count, world=None):
+    """Losses and final weights of a few steps in this process."""
+    world = world or World(0, 0, 1, torch.device("cpu"))
+    pairs = load_emoji()
+    tokenizer = Tokenizer(train_wordpiece(pairs.training_captions(), 500))
+    torch.manual_seed(0)
+    model = build_model(stage, tokenizer.vocab_size)
+    optimizer = adamw(model, stage)
+    batches = EmojiLoader(
+        pairs,
+        tokenizer,
+        batch_size=stage.batch_size,
+        image_size=stage.image_size,
+        context=stage.context,
+        steps=count,
+    )
+    out = [
+        train.train_step(model, optimizer, batch, step, stage, world)["loss"].item()
+        for step, batch in enumerate(batches)
+    ]
+    return out, model.state_dict()
+
+
+@pytest.mark.parametrize("mask", ["random", "grid", "block", "none"])
+def test_parts_of_a_batch_equal_the_whole(mask):
+    drop = 0.5 if mask in ("random", "block") else 0.0
+    values = dict(batch_size=24, image_size=32, image_mask=mask, image_drop=drop, warmup=1)
+    stage = replace(preset("emoji"), precision="fp32", **values)
+    losses, weights = steps_of(stage, 3)
+    in_parts, same = steps_of(replace(stage, accumulate=3), 3)
+    assert in_parts == pytest.approx(losses, rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_sigmoid_loss_and_bf16_train():
+    values = dict(batch_size=16, loss="sigmoid", init_scale=10.0, warmup=1, lr=1e-3)
+    stage = replace(preset("emoji"), precision="bf16", clip_norm=1.0, **values)
+    out, weights = steps_of(stage, 12)
+    assert out[-1] < out[0] and torch.isfinite(weights["logit_bias"])
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+def test_v2_dialect_trains_on_padded_text():
+    stage = replace(
+        preset("emoji"), dialect="clipa-v2", pos_embed="sincos-moco", batch_size=16, warmup=1
+    )
+    world = World(0, 0, 1, torch.device("cpu"))
+    run = train.Run(stage, world, checkpoint.StopSignal(), *train.open_data(stage, None), None, {})
+    batch = next(iter(train.open_batches(run, stage, 0, 1)))
+    assert len(batch.ids) == 16 * stage.context
+    model = build_model(stage, run.tokenizer.vocab_size)
+    values = train.train_step(model, adamw(model, stage), batch, 0, stage, world)
+    assert torch.isfinite(values["loss"])
+
+
+def main_says(tmp_path, **change):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(tmp_path / "run", **change))
+    return str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": 20}, "image_size must be a multiple of patch_size 8, got 20"),
+        ({"batch_size": 0}, "batch_size must be above 0, got 0"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"device": "cuda:7"}, "cuda"),
+        ({"vocab_size": 300, "tokenizer": "clip"}, "tokenizer's 49408 entries, got 300"),
+        ({"data": "nothing/{0..1}.tar"}, "must name files that are there"),
+        ({"resume": "no-such.pt"}, "resume must be"),
+    ],
+    ids=["patches", "batch", "steps", "device", "vocabulary", "shards", "resume"],
+)
+def test_bad_flags_end_with_a_sentence(tmp_path, change, words):
+    assert words in main_says(tmp_path, **change)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "run").write_text("a file, not a folder")
+    assert "output must be a folder that can be written" in main_says(tmp_path)
+
+
+def test_another_runs_checkpoint_is_refused(whole, tmp_path):
+    folder, _ = whole
+    newest = str(checkpoint.checkpoints(folder)[-1])
+    out = main_says(tmp_path, resume=newest, model="Ti")
+    assert "model must be 'Ti' as in this run, got 'demo'" in out
+    with pytest.raises(SystemExit, match="would change lr 0.001 to 0.5"):
+        train.main(flags(folder, lr=0.5))
+
+
+def test_a_half_written_checkpoint_is_skipped(whole, tmp_path):
+    folder, _ = whole
+    for path in checkpoint.checkpoints(folder):
+        data = path.read_bytes()
+        cut = path.name.startswith("full-00000006")
+        (tmp_path / path.name).write_bytes(data[: len(data) // 2] if cut else data)
+    (tmp_path / "log.jsonl").write_text((folder / "log.jsonl").read_text())
+    out = finish(start(tmp_path))
+    assert "skipped a broken checkpoint" in out and "resumed at step 4 of stage full" in out
+    assert losses(tmp_path) == losses(folder)
+
+
+def test_evaluate_gives_the_runs_figures(whole):
+    folder, _ = whole
+    out = subprocess.run(
+        [sys.executable, "evaluate.py", str(folder), "--json", "--device", "cpu"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    ours = json.loads(out)["held-out drawings"]
+    then = json.loads((folder / "results.json").read_text())["stages"]["full"]["held-out drawings"]
+    assert ours == pytest.approx(then)
+
+
+def test_config_of_a_checkpoint_is_the_stages(whole):
+    state = checkpoint.latest(whole[0])
+    saved = json.loads(state["config"])
+    assert (saved["stage"], saved["image_drop"]) == ("full", 0.0)
+    assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})

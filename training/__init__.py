@@ -1,0 +1,1 @@
+"""What the training loop calls: config, optim, checkpoint, report, distributed."""

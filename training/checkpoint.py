@@ -1,0 +1,357 @@
+"""Checkpoints that survive a kill at any moment, and that open_clip can read.
+
+A file is a dict in open_clip's layout with a little more:
+
+    epoch, name, state_dict, optimizer      as open_clip writes them (its model keys)
+    stage, step                             steps of this stage that are done
+    config, tokenizer                       JSON texts
+    rng, metrics                            generator states; numbers to carry on
+
+It is written beside its place, flushed to the disk and renamed, so a file with the final name is
+whole. Everything in it loads with `torch.load(weights_only=True)`.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import random
+import re
+import signal
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import STAGES, Config, from_json, stages, to_json
+from .distributed import World
+from .optim import unwrap
+
+_NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)\.pt")
+_KEYS = {"state_dict", "optimizer", "stage", "step", "config", "rng"}
+_FREE = {  # flags that a resumed run may change
+    "output", "resume", "device", "threads", "workers", "save_every", "keep_checkpoints",
+    "log_every",
+}  # fmt: skip
+# What must agree between a checkpoint and the run that resumes it; the rest may be changed.
+_SAME_MODEL = ("model", "dialect", "patch_size", "pool", "vocab_size", "loss")
+
+
+def pack_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    *,
+    step: int,
+    tokenizer: str = "",
+    metrics: dict | None = None,
+) -> dict:
+    """The state that `save` writes and `restore` puts back.
+
+    Args:
+        model: itself or wrapped by DDP or torch.compile.
+        optimizer: its state is kept by reference; save before the next step.
+        config: of the stage that runs.
+        step: steps of this stage that are done.
+        tokenizer: JSON text of the tokenizer, so that the checkpoint alone can be evaluated.
+        metrics: plain numbers, texts, lists and dicts.
+    """
+    return {
+        "epoch": STAGES.index(config.stage),
+        "name": config.preset,
+        "state_dict": unwrap(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "stage": config.stage,
+        "step": step,
+        "config": to_json(config),
+        "tokenizer": tokenizer,
+        "metrics": metrics or {},
+        "rng": rng_state(),
+    }
+
+
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Put a state back into model, optimiser and random generators; return the steps done."""
+    unwrap(model).load_state_dict(weights(state))
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+    return state["step"]
+
+
+def weights(state: dict) -> dict[str, Tensor]:
+    """The model's tensors, without the prefixes that DDP and torch.compile add to their names."""
+    return {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
+        for name, tensor in state["state_dict"].items()
+    }
+
+
+def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
+    """Write `<folder>/<stage>-<step>.pt` whole or not at all, then delete what is too old.
+
+    The newest `keep` whole checkpoints of the stage stay, and the last one of each earlier stage.
+    Call it on rank 0 only.
+
+    Args:
+        folder: made where it is missing.
+        state: from `pack_state`.
+        step: steps of the stage that are done.
+        keep: whole checkpoints of the stage that stay, at least 1.
+
+    Raises:
+        ValueError: keep below 1.
+        RuntimeError: the file cannot be written; older checkpoints are untouched.
+    """
+    if keep < 1:
+        raise ValueError(f"save: keep must be at least 1, got {keep}")
+    folder = Path(folder)
+    path = folder / f"{state['stage']}-{step:08d}.pt"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise RuntimeError(f"save: {path} must be writable, got {error}") from error
+    _prune(folder, path, keep)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system has it."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Delete what is older than `newest` and not to stay, and leftovers of killed writes."""
+    for leftover in folder.glob(".*.pt.*"):
+        leftover.unlink(missing_ok=True)
+    kept: dict[str, int] = {}
+    for path in reversed(checkpoints(folder)):
+        if _order(path) > _order(newest):
+            continue  # of a run that went further; not ours to delete
+        stage = _order(path)[0]
+        room = keep if stage == _order(newest)[0] else 1
+        if zipfile.is_zipfile(path) and kept.get(stage, 0) < room:
+            kept[stage] = kept.get(stage, 0) + 1
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    stage, step = _NAME.fullmatch(path.name).groups()
+    return STAGES.index(stage), int(step)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    folder = Path(folder)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order)
+
+
+def load(path: str | Path) -> dict:
+    """The state of one file, on the CPU.
+
+    Raises:
+        ValueError: no such file, or not a checkpoint of this program.
+        RuntimeError: half written or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"load: path must be a checkpoint file, got {str(path)!r}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"load: {path} must be a whole checkpoint, got {reason}") from error
+    held = set(state) if isinstance(state, dict) else set()
+    if missing := sorted(_KEYS - held):
+        came = ", ".join(sorted(map(str, held))) or type(state).__name__
+        raise ValueError(f"load: {path} must hold {', '.join(missing)}, got only {came}")
+    return state
+
+
+def latest(folder: str | Path) -> dict | None:
+    """The newest state that can be read; None where the folder has no checkpoint.
+
+    A newer one that is broken is skipped with a warning.
+
+    Raises:
+        RuntimeError: there are checkpoints and none can be read. Starting over would hide that.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return load(path)
+        except (ValueError, RuntimeError) as error:
+            warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=2)
+    if paths:
+        raise RuntimeError(
+            f"latest: one of the {len(paths)} checkpoints in {folder} must be readable, got none; "
+            "remove them, or start over with --resume never"
+        )
+    return None
+
+
+def set_aside(folder: str | Path, after: str | Path | None = None) -> Path | None:
+    """Move checkpoints newer than `after` (None: all) into `<folder>/previous-<n>`.
+
+    For a run that starts over, or from an older checkpoint: else `latest` would find the abandoned
+    run's. Returns the new folder, or None where there was nothing to move.
+    """
+    newer = checkpoints(folder)
+    if after is not None:
+        places = [path.resolve() for path in newer]
+        place = Path(after).resolve()
+        newer = newer[places.index(place) + 1 :] if place in places else []
+    if not newer:
+        return None
+    taken = sum(1 for _ in Path(folder).glob("previous-*"))
+    target = Path(folder) / f"previous-{taken + 1}"
+    target.mkdir()
+    for path in newer:
+        path.rename(target / path.name)
+    return target
+
+
+def check_matches(
+    state: dict, config: Config, model: nn.Module | None = None, stage: str | None = None
+) -> None:
+    """Raise ValueError unless a state belongs to this run: same model, one of its stages.
+
+    Args:
+        state: from `load` or `latest`.
+        config: of the run, or of a stage of it.
+        model: built for the checkpoint's stage; its keys and shapes are compared.
+        stage: the stage that must have written it; None takes either.
+    """
+    saved = from_json(state["config"])
+    for field in _SAME_MODEL:
+        was, now = getattr(saved, field), getattr(config, field)
+        if was != now:
+            raise ValueError(f"checkpoint: {field} must be {now!r} as in this run, got {was!r}")
+    known = [each.stage for each in stages(config)] if stage is None else [stage]
+    if state["stage"] not in known:
+        must = " or ".join(known)
+        raise ValueError(f"checkpoint: its stage must be {must}, got {state['stage']!r}")
+    if model is None:
+        return
+    have, want = weights(state), unwrap(model).state_dict()
+    for name in sorted(want.keys() ^ have.keys()):
+        came = "one without it" if name in want else "one with it"
+        must = "hold" if name in want else "not hold"
+        raise ValueError(f"checkpoint: the model must {must} {name}, got {came}")
+    for name, tensor in want.items():
+        if tensor.shape != have[name].shape:
+            must, came = tuple(tensor.shape), tuple(have[name].shape)
+            raise ValueError(f"checkpoint: {name} must have shape {must}, got {came}")
+
+
+def find(config: Config, world: World) -> dict | None:
+    """The state to resume from, or None. What an abandoned run left is moved aside, not deleted."""
+    saved = None
+    if config.resume == "auto":
+        saved = latest(config.output)
+    elif config.resume != "never":
+        saved = load(config.resume)
+    world.barrier()  # all have looked before rank 0 moves anything
+    if config.resume != "auto" and world.is_main:
+        after = None if saved is None else config.resume
+        moved = set_aside(config.output, after=after)
+        if moved:
+            world.print(f"newer checkpoints of an earlier run are now in {moved}")
+    if saved is None:
+        return None
+    check_matches(saved, config)
+    then, now = saved["metrics"]["config"], dataclasses.asdict(config)
+    changed = [name for name in now if now[name] != then.get(name) and name not in _FREE]
+    if changed and config.resume == "auto":
+        words = ", ".join(f"{name} {then.get(name)!r} to {now[name]!r}" for name in changed)
+        raise ValueError(
+            f"checkpoint: {config.output} must hold a run with these flags, got one that would "
+            f"change {words}; take another --output, start over with --resume never, or name a "
+            "checkpoint with --resume to change its run"
+        )
+    world.print(f"resumed at step {saved['step']} of stage {saved['stage']}")
+    return saved
+
+
+def rng_state() -> dict:
+    """States of Python's, NumPy's and torch's generators on this process, safe to load."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` gave; GPU states only onto as many GPUs as there were."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+_STOPS = [  # Windows has no SIGUSR1
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
+
+
+class StopSignal:
+    """A flag that SIGTERM or SIGINT sets, so that the loop can save and leave.
+
+    SIGUSR1, which SLURM can send ahead of a time limit, counts too. A second SIGINT within the
+    block interrupts at once. Used as a context manager, in the main thread; the handlers from
+    before come back at its end.
+
+    >>> with StopSignal() as stop:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     print(stop.name)
+    SIGTERM
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __enter__(self) -> "StopSignal":
+        for number in _STOPS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,193 @@
+"""The processes of a run: who am I, where are my tensors, and the few words they exchange."""
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import Config
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together; one process needs no group.
+
+    Attributes:
+        rank: of this process, 0 to size - 1.
+        local_rank: of this process on its machine; picks the GPU.
+        size: processes in all.
+        device: where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes: rank 0 alone."""
+        return self.rank == 0
+
+    def print(self, *words: object) -> None:
+        """Print on rank 0 only, at once."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; every process must ask.
+
+        The exchange runs over gloo on the CPU, so it does not wait for the GPU's work.
+        """
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on every process; the argument stays as it is."""
+        value = value.clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes, on every process."""
+        return self.sum(value) / self.size
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) -> World:
+    """Join the processes that torchrun or srun started, or be the only one.
+
+    Reads RANK, LOCAL_RANK and WORLD_SIZE (torchrun), or SLURM_PROCID, SLURM_LOCALID and
+    SLURM_NTASKS (srun; the job's first host is the meeting point unless MASTER_ADDR is set).
+
+    Args:
+        device: "auto" (cuda where there is one, else cpu) or a torch device; each process takes the
+            GPU of its local rank.
+        threads: CPU threads of torch; 0 leaves them as they are.
+        timeout: seconds a process waits for the others.
+
+    Returns:
+        The World; call its `close` at the end.
+
+    Raises:
+        ValueError: a device that torch does not know; a rank outside the world; threads below 0.
+        RuntimeError: a device that this machine lacks.
+    """
+    if threads < 0:
+        raise ValueError(f"setup: threads must be at least 0, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    rank, local_rank, size = _ranks(os.environ)
+    where = _device(device, local_rank, size)
+    if size > 1:
+        cuda = where.type == "cuda"
+        dist.init_process_group(
+            backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+            device_id=where if cuda else None,
+        )
+    return World(rank, local_rank, size, where)
+
+
+def wrap(model: nn.Module, stage: Config, world: World) -> nn.Module:
+    """The model as the loop calls it: compiled if asked, under DDP where there are processes."""
+    wrapped = torch.compile(model) if stage.compile else model
+    if world.size == 1:
+        return wrapped
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _ranks(env: os._Environ | dict[str, str]) -> tuple[int, int, int]:
+    """(rank, local rank, size) from the environment; SLURM's meeting point is filled in."""
+    if "WORLD_SIZE" in env and "RANK" in env:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+        hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
+        env.setdefault("MASTER_ADDR", first_host(hosts))
+        env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", "0")) % 20_000))
+    else:
+        return 0, 0, 1
+    rank, local_rank, size = (int(env.get(name, "0")) for name in names)
+    if not 0 <= rank < size:
+        raise ValueError(f"setup: {names[0]} must be below {names[2]}, got {rank} of {size}")
+    return rank, local_rank, size
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list.
+
+    >>> first_host("gpu[007-012,020],cpu1")
+    'gpu007'
+    """
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    if not match:
+        raise ValueError(f"first_host: nodelist must name a host, got {nodelist!r}")
+    return "".join(part or "" for part in match.groups())
+
+
+def _device(name: str, local_rank: int, size: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        known = 'be "auto", "cpu", "cuda" or another device of torch'
+        raise ValueError(f"setup: device must {known}, got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"setup: device {name} needs a GPU that torch can use, got none")
+        count = torch.cuda.device_count()
+        index = local_rank if size > 1 or device.index is None else device.index
+        if size > 1 and count == 1:  # SLURM can show each process its own GPU alone
+            index = 0
+        if index >= count:
+            raise RuntimeError(f"setup: GPU {index} must be among those here, got {count} GPUs")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeError("setup: device mps needs Apple's GPU, got a machine without one")
+    return device
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the model's products: bfloat16 under autocast, or float32 without it.
+
+    Args:
+        precision: "fp32", "bf16", or "auto": bf16 where the processor multiplies it in hardware.
+        device: where the model computes.
+
+    Raises:
+        ValueError: another precision.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"autocast_dtype: precision must be auto, fp32 or bf16, got {precision!r}")
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            asked = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # torch's own question
+            fast = device.type == "cpu" and asked()
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -1,0 +1,160 @@
+"""AdamW with the dialect's decay scope, the learning rate of a step, and what happens around one.
+
+learning_rate(s) = lr * (s + 1) / warmup                                      s < warmup
+                 = lr * (1 + cos(pi * (s - warmup) / (steps - warmup))) / 2   after
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    decays_embeddings: bool
+    adam_eps: float
+    max_scale: float  # of exp(logit_scale); 0: never clamped
+
+
+_DIALECTS = {
+    "openai": _Dialect(decays_embeddings=True, adam_eps=1e-6, max_scale=100.0),
+    "open_clip": _Dialect(decays_embeddings=True, adam_eps=1e-6, max_scale=100.0),
+    "clipa-v1": _Dialect(decays_embeddings=True, adam_eps=1e-6, max_scale=100.0),
+    "clipa-v2": _Dialect(decays_embeddings=False, adam_eps=1e-8, max_scale=0.0),
+    "clipa-v2-open_clip": _Dialect(decays_embeddings=False, adam_eps=1e-8, max_scale=0.0),
+}
+
+
+def is_decayed(name: str, parameter: Tensor, dialect: str) -> bool:
+    """Whether the dialect decays this parameter.
+
+    "openai" and "clipa-v1" decay every tensor of two or more dimensions that is not a norm, bias or
+    logit scale, so the token and position tables too. "clipa-v2" decays only the kernels of linear
+    and convolution layers and the projections.
+
+    Source: open_clip and clipa_torch training/main.py; clipa_jax decays `*/kernel`.
+    """
+    if dialect not in _DIALECTS:
+        known = ", ".join(_DIALECTS)
+        raise ValueError(f"is_decayed: dialect must be one of {known}, got {dialect!r}")
+    if parameter.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale")):
+        return False
+    return _DIALECTS[dialect].decays_embeddings or "embedding" not in name
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
+    """Two groups for an optimiser, decayed and not; frozen parameters are in neither."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter, config.dialect) else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW over a model's parameters, fused into one kernel a group where the device has one.
+
+    Args:
+        model: on its device already.
+        config: lr, weight_decay, beta1, beta2, adam_eps and dialect are read.
+
+    Returns:
+        The optimiser; its learning rate is set each step from `learning_rate`.
+
+    Raises:
+        ValueError: no parameter of the model requires a gradient.
+    """
+    groups = parameter_groups(model, config)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
+        raise ValueError(
+            "adamw: the model must have a parameter that requires a gradient, got none"
+        )
+    eps = _DIALECTS[config.dialect].adam_eps if config.adam_eps is None else config.adam_eps
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=eps, fused=fused
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine that would reach 0 at `steps`.
+
+    Args:
+        step: from 0, within the stage.
+        config: lr, warmup and steps of the stage are read.
+
+    Source: `cosine_lr` of open_clip.
+
+    >>> [round(learning_rate(step, Config(lr=1.0, warmup=2, steps=4)), 3) for step in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < 0:
+        raise ValueError(f"learning_rate: step must be at least 0, got {step}")
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
+    """Set and return the learning rate of a step."""
+    rate = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place to a global norm of at most max_norm; return the norm before.
+
+    Args:
+        parameters: those without a gradient are left out.
+        max_norm: 0 only measures.
+
+    Returns:
+        0-d float tensor on the gradients' device; reading it is the caller's sync.
+    """
+    if max_norm < 0:
+        raise ValueError(f"clip_gradients: max_norm must be at least 0, got {max_norm}")
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm > 0 and gradients:
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # torch's own epsilon
+        torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+@torch.no_grad()
+def clamp_scale_(model: nn.Module, config: Config) -> None:
+    """Keep exp(logit_scale) between 1 and max_scale, in place, after each optimiser step.
+
+    The dialect decides where config.max_scale is None: 100 for openai and clipa-v1; clipa-v2 never
+    clamps, as 0 does.
+
+    Args:
+        model: has `logit_scale`, itself or under DDP's or torch.compile's wrapper.
+        config: max_scale and dialect are read.
+    """
+    bound = _DIALECTS[config.dialect].max_scale if config.max_scale is None else config.max_scale
+    if bound > 0:
+        unwrap(model).logit_scale.clamp_(0, math.log(bound))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP's (`module`) and torch.compile's (`_orig_mod`) wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner

@@ -1,7 +1,12 @@
 """Argument checks that ops share: "<function>: <what must hold>, got <what came>"."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+
+_TRITON = find_spec("triton") is not None
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def describe(tensor: Tensor) -> str:
@@ -52,11 +57,39 @@ def require_same_dtype(function: str, **tensors: Tensor | None) -> None:
         raise TypeError(f"{function}: all of these must have one dtype, got {came}")
 
 
-def choose_impl(function: str, impl: str, implementations: tuple[str, ...]) -> str:
-    """The implementation to run: "auto" is "torch" until a kernel for this device is listed."""
+def choose_impl(
+    function: str, impl: str, implementations: tuple[str, ...], like: Tensor | None = None
+) -> str:
+    """The implementation to run on tensors such as `like`.
+
+    "auto" is "triton" on a CUDA device, where the function has kernels and they take the dtype,
+    else "torch". An explicit "triton" that cannot run here raises RuntimeError.
+    """
     if impl == "auto":
-        return "torch"
+        kernels = "triton" in implementations and like is not None and like.is_cuda
+        kernels = kernels and _TRITON and torch.version.hip is None
+        return "triton" if kernels and like.dtype in _KERNEL_DTYPES else "torch"
     if impl not in implementations:
         known = ", ".join(("auto", *implementations))
         raise ValueError(f"{function}: impl must be one of {known}, got {impl!r}")
+    if impl == "triton" and not torch.compiler.is_compiling():
+        _require_triton(function, like)
     return impl
+
+
+def _require_triton(function: str, like: Tensor) -> None:
+    if like.dtype not in _KERNEL_DTYPES:
+        raise TypeError(
+            f'{function}: impl "triton" takes float32, float16 or bfloat16, got {describe(like)}'
+        )
+    if not _TRITON:
+        raise RuntimeError(
+            f'{function}: impl "triton" needs the package triton, got none installed'
+        )
+    from ._triton.common import runs_on
+
+    if not runs_on(like.device):
+        raise RuntimeError(
+            f'{function}: impl "triton" needs a CUDA tensor, or TRITON_INTERPRET=1 before triton '
+            f"is imported, got {describe(like)}"
+        )

@@ -1,5 +1,10 @@
 """The custom operators behind contrastive_loss and sigmoid_loss: opaque to torch.compile, without
-collectives, and with autocast off inside, since the features arrive in the dtype to multiply in."""
+collectives, and with autocast off inside, since the features arrive in the dtype to multiply in.
+
+first, begin, end: the positives, as _strips.Pairs. kernels: Triton's tiles instead of torch's.
+"""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -7,16 +12,38 @@ from torch import Tensor
 from . import _strips
 
 
+def _forward(kernels: bool) -> ModuleType:
+    if not kernels:
+        return _strips
+    from ._triton import contrastive
+
+    return contrastive
+
+
+def _backward(kernels: bool) -> ModuleType:
+    if not kernels:
+        return _strips
+    from ._triton import contrastive_grads
+
+    return contrastive_grads
+
+
+def _or_empty(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors: an empty one stands for None."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
 @torch.library.custom_op("clipa::contrastive_stats", mutates_args=())
 def contrastive_stats(
-    image: Tensor, text: Tensor, scale: Tensor, first: int
+    image: Tensor, text: Tensor, scale: Tensor, first: int, begin: int, end: int, kernels: bool
 ) -> tuple[Tensor, Tensor]:
+    pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
-        return _strips.softmax_stats(image, text, scale, first)
+        return _forward(kernels).softmax_stats(image, text, scale, pairs)
 
 
 @contrastive_stats.register_fake
-def _(image, text, scale, first):
+def _(image, text, scale, first, begin, end, kernels):
     return scale.new_empty(3, image.shape[0]), scale.new_empty(2, text.shape[0])
 
 
@@ -27,45 +54,55 @@ def contrastive_grads(
     scale: Tensor,
     rows: Tensor,
     cols: Tensor,
+    d_loss: Tensor,
     first: int,
+    begin: int,
+    end: int,
     wanted: list[bool],
+    wide: bool,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
-        grads = _strips.softmax_grads(image, text, scale, rows, cols, first, tuple(wanted))
-    return tuple(scale.new_empty(0) if grad is None else grad for grad in grads)
+        grads = _backward(kernels).softmax_grads(
+            image, text, scale, rows, cols, d_loss, pairs, tuple(wanted), wide
+        )
+    return _or_empty(grads, scale)
 
 
 @contrastive_grads.register_fake
-def _(image, text, scale, rows, cols, first, wanted):
-    return _like((image, text, scale), wanted)
+def _(image, text, scale, rows, cols, d_loss, first, begin, end, wanted, wide, kernels):
+    return _like((image, text, scale), wanted, wide)
 
 
 @torch.library.custom_op("clipa::contrastive_loss", mutates_args=())
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_loss(
+    image: Tensor, text: Tensor, scale: Tensor, kernels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(image.device.type, enabled=False):
-        rows, cols = _strips.softmax_stats(image, text, scale, 0)
-        return _strips.softmax_loss(rows, cols), rows, cols
+        return _forward(kernels).softmax_forward(image, text, scale)
 
 
 @contrastive_loss.register_fake
-def _(image, text, scale):
+def _(image, text, scale, kernels):
     m = image.shape[0]
     return torch.empty_like(scale), scale.new_empty(3, m), scale.new_empty(2, m)
 
 
 def _save_contrastive(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.kernels = inputs[3]
 
 
 def _contrastive_backward(ctx, d_loss, _rows, _cols):
-    image, text, scale, rows, cols = ctx.saved_tensors
     if d_loss is None:
-        return None, None, None
-    rows, cols = _strips.softmax_divisors(rows, cols, d_loss)
-    wanted = list(ctx.needs_input_grad)
-    grads = contrastive_grads(image, text, scale, rows, cols, 0, wanted)
-    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return None, None, None, None
+    wanted = list(ctx.needs_input_grad[:3])
+    image, *rest = ctx.saved_tensors
+    pairs = _strips.Pairs(0, 0, image.shape[0])
+    grads = contrastive_grads(image, *rest, d_loss, *pairs, wanted, False, ctx.kernels)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None
 
 
 contrastive_loss.register_autograd(_contrastive_backward, setup_context=_save_contrastive)
@@ -76,52 +113,62 @@ def contrastive_loss_one_tile(
     image: Tensor, text: Tensor, scale: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(image.device.type, enabled=False):
-        results = _strips.softmax_pass(image, text, scale, tuple(wanted))
-    return tuple(scale.new_empty(0) if result is None else result for result in results)
+        return _or_empty(_strips.softmax_pass(image, text, scale, tuple(wanted)), scale)
 
 
 @contrastive_loss_one_tile.register_fake
 def _(image, text, scale, wanted):
-    return torch.empty_like(scale), *_like((image, text, scale), wanted)
+    return torch.empty_like(scale), *_like((image, text, scale), wanted, True)
 
 
 @torch.library.custom_op("clipa::sigmoid_loss", mutates_args=())
 def sigmoid_loss(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, wanted: list[bool], first: int
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    wanted: list[bool],
+    first: int,
+    begin: int,
+    end: int,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
-        results = _strips.sigmoid_pass(image, text, scale, bias, first, tuple(wanted))
-    return tuple(scale.new_empty(0) if result is None else result for result in results)
+        results = _backward(kernels).sigmoid_pass(image, text, scale, bias, pairs, tuple(wanted))
+    return _or_empty(results, scale)
 
 
 @sigmoid_loss.register_fake
-def _(image, text, scale, bias, wanted, first):
-    return torch.empty_like(scale), *_like((image, text, scale, bias), wanted)
+def _(image, text, scale, bias, wanted, first, begin, end, kernels):
+    return torch.empty_like(scale), *_like((image, text, scale, bias), wanted, True)
 
 
-def _like(inputs: tuple[Tensor, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
+def _like(inputs: tuple[Tensor, ...], wanted: list[bool], wide: bool) -> tuple[Tensor, ...]:
     """Fake gradients: like the input where wanted, else empty."""
+    scale = inputs[2]
     return tuple(
-        torch.empty_like(value, memory_format=torch.contiguous_format)
+        scale.new_empty(value.shape, dtype=scale.dtype if wide else value.dtype)
         if want
-        else inputs[-1].new_empty(0)
+        else scale.new_empty(0)
         for value, want in zip(inputs, wanted, strict=True)
     )
 
 
 def _save_grads(ctx, inputs, output):
-    """For operators that make the gradients in the forward."""
+    """For operators that make the gradients in the forward: in fp32, for d_loss may be large."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
     ctx.wanted, ctx.inputs = inputs[len(output) - 1], len(inputs)
+    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 1]]
 
 
 def _times_d_loss(ctx, d_loss, *_grads):
     if d_loss is None:
         return (None,) * ctx.inputs
     grads = [
-        grad * d_loss if want else None
-        for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        (grad * d_loss).to(dtype) if want else None
+        for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
     ]
     return *grads, *(None,) * (ctx.inputs - len(grads))
 

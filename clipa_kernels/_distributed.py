@@ -1,12 +1,14 @@
 """The losses over a process group: all collectives, and none inside a custom operator.
 
-Rows of images stay where they are. Text features are gathered and their gradients reduced and
-scattered back; column sums are exchanged, two floats a column, merged by the column's owner.
+Rows of images stay where they are. Text features are gathered in chunks, each of which travels
+while the tiles of the one before are made, and their gradients go back to their owners likewise;
+column sums are exchanged, two floats a column, merged by the column's owner.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,10 @@ from . import _contrastive_ops, _strips
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# Chunks that texts travel in: at most so many, each of at least so many rows a process, for a
+# chunk's tiles must fill the device.
+_CHUNKS, _CHUNK_ROWS = 4, 512
 
 
 def rank_and_size(name: str, group: ProcessGroup | None) -> tuple[int, int]:
@@ -94,9 +100,18 @@ def gather_rows(features: Tensor, group: ProcessGroup | None) -> Tensor:
     return features if group is None else _GatherRows.apply(features, group)
 
 
-def group_contrastive(image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup) -> Tensor:
+def group_contrastive(
+    image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup, kernels: bool
+) -> Tensor:
     """The contrastive loss of this process's pairs against all."""
-    return _GroupContrastive.apply(image, text, scale, group)
+    return _GroupContrastive.apply(image, text, scale, group, kernels)
+
+
+def group_sigmoid(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, group: ProcessGroup, kernels: bool
+) -> Tensor:
+    """The sigmoid loss of this process's images against all texts."""
+    return _GroupSigmoid.apply(image, text, scale, bias, group, kernels)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -118,36 +133,127 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.group), None
+        return _ReduceScatter(grad, ctx.group).wait(), None
+
+
+class _Chunk(NamedTuple):
+    """Texts from begin to end of every process, [W (end - begin), E], once work is waited for."""
+
+    begin: int
+    end: int
+    text: Tensor
+    work: dist.Work
+    first: int  # the own rows' positives, as _strips.Pairs
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.text
+
+    @property
+    def pairs(self) -> _strips.Pairs:
+        return _strips.Pairs(self.first, self.begin, self.end)
+
+
+def _gather_chunks(text: Tensor, group: ProcessGroup) -> list[_Chunk]:
+    """Starts to gather the texts of all processes, so that tiles of one chunk cover the next."""
+    text, size, rank = text.contiguous(), dist.get_world_size(group), dist.get_rank(group)
+    m = text.shape[0]
+    count = max(1, min(_CHUNKS, m // _CHUNK_ROWS))
+    edges = [m * i // count for i in range(count + 1)]
+    chunks = []
+    for begin, end in itertools.pairwise(edges):
+        gathered = text.new_empty(size * (end - begin), text.shape[1])
+        work = dist.all_gather_into_tensor(gathered, text[begin:end], group=group, async_op=True)
+        chunks.append(_Chunk(begin, end, gathered, work, rank * (end - begin) - begin))
+    return chunks
 
 
 class _GroupContrastive(torch.autograd.Function):
     """Each process makes the logits of its rows once forward and once backward."""
 
     @staticmethod
-    def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup) -> Tensor:
-        first = dist.get_rank(group) * image.shape[0]
-        all_text = _all_gather(text, group)
-        rows, cols = _contrastive_ops.contrastive_stats(image, all_text, scale, first)
-        own_cols = _merge_columns(cols, group)
-        ctx.save_for_backward(image, all_text, scale, rows, own_cols)
-        ctx.first, ctx.group = first, group
+    def forward(
+        ctx, image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup, kernels: bool
+    ) -> Tensor:
+        size, m = dist.get_world_size(group), image.shape[0]
+        chunks = _gather_chunks(text, group)
+        rows = scale.new_empty(3, m)
+        cols = scale.new_empty(2, size, m)
+        for chunk in chunks:
+            mine, theirs = _contrastive_ops.contrastive_stats(
+                image, chunk.wait(), scale, *chunk.pairs, kernels
+            )
+            own = slice(chunk.begin, chunk.end)
+            _strips.merge(rows[:2], mine[0], mine[1], is_first=chunk.begin == 0)
+            rows[2, own] = mine[2, own]
+            cols[:, :, own] = theirs.view(2, size, -1)
+        own_cols = _merge_columns(cols.flatten(1), group)
+        ctx.save_for_backward(image, scale, rows, own_cols, *(chunk.text for chunk in chunks))
+        ctx.pairs, ctx.group, ctx.kernels = [chunk.pairs for chunk in chunks], group, kernels
         return _strips.softmax_loss(rows, own_cols)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        image, all_text, scale, rows, own_cols = ctx.saved_tensors
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        image, scale, rows, own_cols, *texts = ctx.saved_tensors
+        size, wanted = dist.get_world_size(ctx.group), list(ctx.needs_input_grad[:3])
         rows, own_cols = _strips.softmax_divisors(rows, own_cols, d_loss)
-        cols = _all_gather(own_cols.t(), ctx.group).t().contiguous()
-        wanted = list(ctx.needs_input_grad[:3])
-        d_image, d_text, d_scale = _contrastive_ops.contrastive_grads(
-            image, all_text, scale, rows, cols, ctx.first, wanted
-        )
+        cols = _all_gather(own_cols.t(), ctx.group).t().view(2, size, -1)
+        d_image, d_scale, sums, one = None, 0, [], torch.ones_like(scale)
+        for text, pairs in zip(texts, ctx.pairs, strict=True):
+            own = cols[:, :, pairs.begin : pairs.end].flatten(1)
+            part, d_text, d_own_scale = _contrastive_ops.contrastive_grads(
+                image, text, scale, rows, own, one, *pairs, wanted, True, ctx.kernels
+            )
+            if wanted[0]:
+                d_image = part if d_image is None else d_image.add_(part)
+            if wanted[1]:
+                sums.append(_ReduceScatter(d_text.to(image.dtype), ctx.group))
+            d_scale = d_scale + d_own_scale
         return (
-            d_image if wanted[0] else None,
-            _reduce_scatter(d_text, ctx.group) if wanted[1] else None,
+            d_image.to(image.dtype) if wanted[0] else None,
+            torch.cat([reduced.wait() for reduced in sums]) if wanted[1] else None,
             d_scale if wanted[2] else None,
+            None,
+            None,
+        )
+
+
+class _GroupSigmoid(torch.autograd.Function):
+    """Loss and gradients from one pass over the chunks; those of texts travel in the backward."""
+
+    @staticmethod
+    def forward(ctx, image, text, scale, bias, group: ProcessGroup, kernels: bool) -> Tensor:
+        wanted = list(ctx.needs_input_grad[:4])
+        totals, texts = None, []
+        for chunk in _gather_chunks(text, group):
+            loss, d_image, d_text, d_scale, d_bias = _contrastive_ops.sigmoid_loss(
+                image, chunk.wait(), scale, bias, wanted, *chunk.pairs, kernels
+            )
+            parts = (loss, d_image, d_scale, d_bias)
+            totals = (
+                parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
+            )
+            texts.append(d_text)
+        loss, *grads = totals
+        ctx.save_for_backward(*grads, *texts)
+        ctx.group, ctx.dtype = group, image.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_image, d_scale, d_bias, *texts = ctx.saved_tensors
+        wanted, d_text = ctx.needs_input_grad, None
+        if wanted[1]:
+            sums = [_ReduceScatter((part * d_loss).to(ctx.dtype), ctx.group) for part in texts]
+            d_text = torch.cat([reduced.wait() for reduced in sums])
+        return (
+            (d_image * d_loss).to(ctx.dtype) if wanted[0] else None,
+            d_text,
+            d_scale * d_loss if wanted[2] else None,
+            d_bias * d_loss if wanted[3] else None,
+            None,
             None,
         )
 
@@ -174,10 +280,20 @@ def _exchange(rows: Tensor, group: ProcessGroup) -> Tensor:
     return received.unflatten(0, (dist.get_world_size(group), -1))
 
 
-def _reduce_scatter(rows: Tensor, group: ProcessGroup) -> Tensor:
-    """[N, ...] summed over the processes, the own [M, ...] of it."""
-    if not rows.is_cuda:
-        return _exchange(rows, group).sum(0, dtype=_strips.compute_dtype(rows)).to(rows.dtype)
-    own = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
-    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
-    return own
+class _ReduceScatter:
+    """[N, ...] summed over the processes, the own [M, ...] of it, once waited for.
+
+    Each process gets its rows from all and adds them in fp32: what travels is no more than a ring's
+    reduce-scatter sends, and 16-bit gradients are rounded once, not at each hop.
+    """
+
+    def __init__(self, rows: Tensor, group: ProcessGroup):
+        self.rows = rows.contiguous()
+        self.received = torch.empty_like(self.rows)
+        self.size = dist.get_world_size(group)
+        self.work = dist.all_to_all_single(self.received, self.rows, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        parts = self.received.unflatten(0, (self.size, -1))
+        return parts.sum(0, dtype=_strips.compute_dtype(parts)).to(parts.dtype)

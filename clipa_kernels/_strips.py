@@ -11,6 +11,7 @@ is nearly sure as elsewhere, and duplicates cancel to the last bit.
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +29,32 @@ _SAFE_EXP_LOGIT = 60.0
 _ONEDNN_PRODUCTS = 1 << 21
 
 
+class Pairs(NamedTuple):
+    """Which logits are positives: those of row i, from begin to end, and column first + i."""
+
+    first: int
+    begin: int
+    end: int
+
+
 def compute_dtype(features: Tensor) -> torch.dtype:
     """fp64 for fp64 features, fp32 for all others."""
     return torch.promote_types(features.dtype, torch.float32)
 
 
-def softmax_stats(image: Tensor, text: Tensor, scale: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Sums over the negatives of image [M, E] against text [N, E]; the positive of row i is
-    column first + i.
+def softmax_forward(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of paired features, and rows [3, M] and cols [2, M] for softmax_grads."""
+    rows, cols = softmax_stats(image, text, scale, Pairs(0, 0, len(image)))
+    return softmax_loss(rows, cols), *softmax_divisors(rows, cols)
 
-    Returns rows [3, M] = (shift, sum of 2^(logit - shift), positive logit) and
-    cols [2, N] = (shift, sum); shifts are whole. Without a negative the sum is 0.
+
+def softmax_stats(
+    image: Tensor, text: Tensor, scale: Tensor, pairs: Pairs
+) -> tuple[Tensor, Tensor]:
+    """Sums over the negatives of image [M, E] against text [N, E].
+
+    Returns rows [3, M] = (shift, sum of 2^(logit - shift), positive logit, if it is here) and
+    cols [2, N] = (shift, sum). Without a negative the sum is 0.
     """
     x, y = _operands(image, text)
     rows = torch.empty(3, x.shape[0], dtype=scale.dtype, device=x.device)
@@ -49,12 +65,12 @@ def softmax_stats(image: Tensor, text: Tensor, scale: Tensor, first: int) -> tup
         for i in range(0, x.shape[0], tile_rows):
             row = slice(i, i + tile_rows)
             tile = _logits(x[row], y[col], scale)
-            positive, at = _positives(tile, first, i, j)
+            positive, at = _positives(tile, pairs, i, j)
             rows[2, at] = positive
             unshifted = _needs_no_shift(tile)
             row_shift, row_sum, col_shift, col_sum = _tile_sums(tile, positive, unshifted)
-            _merge(rows[:2, row], row_shift, row_sum, is_first=j == 0)
-            _merge(cols[:, col], col_shift, col_sum, is_first=i == 0)
+            merge(rows[:2, row], row_shift, row_sum, is_first=j == 0)
+            merge(cols[:, col], col_shift, col_sum, is_first=i == 0)
     return rows, cols
 
 
@@ -67,11 +83,16 @@ def softmax_loss(rows: Tensor, cols: Tensor) -> Tensor:
     return (F.logsigmoid(-by_row).sum() + F.logsigmoid(-by_col).sum()) / (-2 * rows.shape[1])
 
 
-def softmax_divisors(rows: Tensor, cols: Tensor, d_loss: Tensor) -> tuple[Tensor, Tensor]:
-    """What softmax_grads takes, out of the statistics; cols [2, M] as in softmax_loss."""
-    positive, weight = rows[2], d_loss / (2 * rows.shape[1])
-    by_row = ((positive - rows[0]).exp2_() + rows[1]) / weight
-    by_col = ((positive - cols[0]).exp2_() + cols[1]) / weight
+def softmax_divisors(
+    rows: Tensor, cols: Tensor, d_loss: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What softmax_grads takes, out of the statistics; cols [2, M] as in softmax_loss.
+
+    d_loss: where each process has its own, it must travel with the columns, in their divisors.
+    """
+    positive = rows[2]
+    by_row = ((positive - rows[0]).exp2_() + rows[1]) / d_loss
+    by_col = ((positive - cols[0]).exp2_() + cols[1]) / d_loss
     d_positive = -(rows[1] / by_row + cols[1] / by_col)
     return torch.stack([rows[0], by_row, d_positive]), torch.stack([cols[0], by_col])
 
@@ -82,21 +103,26 @@ def softmax_grads(
     scale: Tensor,
     rows: Tensor,
     cols: Tensor,
-    first: int,
+    d_loss: Tensor,
+    pairs: Pairs,
     wanted: tuple[bool, bool, bool],
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of image, text and scale where that of the logit of a negative pair is
-    2^(logit - row shift) / row divisor + 2^(logit - col shift) / col divisor.
+    d_loss / 2M * (2^(logit - row shift) / row divisor + 2^(logit - col shift) / col divisor).
 
     rows [3, M] = (shift, divisor, gradient of the positive logit); cols [2, N] = (shift, divisor).
+    wide: in fp32 (fp64), not yet in the features' dtype.
     """
 
     def tile_gradient(tile: Tensor, row: slice, col: slice, i: int, j: int) -> Tensor:
         _divide(tile, rows[:, row], cols[:, col], _needs_no_shift(tile))
-        _positives(tile, first, i, j)[0].zero_()
+        _positives(tile, pairs, i, j)[0].zero_()
         return tile
 
-    return _feature_grads(image, text, scale, tile_gradient, rows[2], first, wanted)
+    weight = d_loss / (2 * len(image))
+    grads = _feature_grads(image, text, scale, tile_gradient, rows[2], pairs, wanted, weight)
+    return grads if wide else _narrow(grads, image.dtype)
 
 
 def fits_one_tile(image: Tensor) -> bool:
@@ -107,7 +133,7 @@ def fits_one_tile(image: Tensor) -> bool:
 def softmax_pass(
     image: Tensor, text: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The contrastive loss and its gradients out of one tile, which is made once."""
+    """The contrastive loss and its gradients, in fp32 (fp64), out of one tile made once."""
     x, y = _operands(image, text)
     tile = _logits(x, y, scale)
     positive = tile.diagonal().clone()
@@ -131,7 +157,8 @@ def softmax_pass(
     d_image = _matmul(tile, y) if wanted[0] or not wanted[1] else None
     d_text = _transposed_matmul(tile, x) if wanted[1] else None
     weights = 1.0 if y.dtype.itemsize == 2 else LN_2, 1.0
-    return loss, *_finish(x, y, d_image, d_text, d_positive, scale, 0, wanted, weights, image.dtype)
+    pairs = Pairs(0, 0, len(x))
+    return loss, *_finish(x, y, d_image, d_text, d_positive, scale, pairs, wanted, weights)
 
 
 def sigmoid_pass(
@@ -139,19 +166,20 @@ def sigmoid_pass(
     text: Tensor,
     scale: Tensor,
     bias: Tensor,
-    first: int,
+    pairs: Pairs,
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """sum_ij softplus(-label_ij logit_ij) / M and its gradients for image, text, scale and bias.
+    """sum_ij softplus(-label_ij logit_ij) / M and its gradients for image, text, scale and bias,
+    in fp32 (fp64).
 
     The sigmoid needs no row statistics, so one pass gives both and no tile is made twice.
     """
     total = torch.zeros((), dtype=torch.float64, device=image.device)
     d_bias = torch.zeros_like(total)
-    d_positive = torch.empty(image.shape[0], dtype=scale.dtype, device=image.device)
+    d_positive = torch.zeros(image.shape[0], dtype=scale.dtype, device=image.device)
 
     def tile_gradient(tile: Tensor, row: slice, col: slice, i: int, j: int) -> Tensor:
-        positive, at = _positives(tile.add_(bias), first, i, j)
+        positive, at = _positives(tile.add_(bias), pairs, i, j)
         positive.neg_()
         if tile.is_cpu and tile.amax().item() <= _SAFE_EXP_LOGIT:
             power = tile.mul_(LOG2_E).exp2_()
@@ -169,7 +197,7 @@ def sigmoid_pass(
     weight = 1 / image.shape[0]
     # Natural logits here: a bias in bits would round all alike.
     grads = _feature_grads(
-        image, text, scale, tile_gradient, d_positive, first, wanted[:3], weight, unit=1.0
+        image, text, scale, tile_gradient, d_positive, pairs, wanted[:3], weight, unit=1.0
     )
     d_bias = (d_bias.add_(d_positive.sum()) * weight).to(scale.dtype) if wanted[3] else None
     return (total * weight).to(scale.dtype), *grads, d_bias
@@ -181,9 +209,9 @@ def _feature_grads(
     scale: Tensor,
     tile_gradient: Callable[[Tensor, slice, slice, int, int], Tensor],
     d_positive: Tensor,
-    first: int,
+    pairs: Pairs,
     wanted: tuple[bool, bool, bool],
-    weight: float = 1.0,
+    weight: Tensor | float,
     unit: float = LOG2_E,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX = s G Y, dY = s G' X and ds = sum(X * G Y) over all tiles times weight, where wanted."""
@@ -213,15 +241,15 @@ def _feature_grads(
             d_text[col] = d_text_t.t()
     y_weight = weight if y.dtype.itemsize == 2 else weight / unit
     weights = y_weight, weight
-    return _finish(x, y, d_image, d_text, d_positive, scale, first, wanted, weights, image.dtype)
+    return _finish(x, y, d_image, d_text, d_positive, scale, pairs, wanted, weights)
 
 
-def _finish(x, y, d_image, d_text, d_positive, scale, first, wanted, weights, dtype):
+def _finish(x, y, d_image, d_text, d_positive, scale, pairs, wanted, weights):
     """Adds the positives to G Y and G' X, reads the scale's gradient off, applies all factors."""
     # The positives' large gradients come last: fp32 sums of the small ones stay exact.
-    for i in range(0, x.shape[0], _DEVICE_TILE[0]):
-        row = slice(i, i + _DEVICE_TILE[0])
-        own = slice(first + i, first + min(i + _DEVICE_TILE[0], len(x)))
+    for i in range(pairs.begin, pairs.end, _DEVICE_TILE[0]):
+        row = slice(i, min(i + _DEVICE_TILE[0], pairs.end))
+        own = slice(pairs.first + row.start, pairs.first + row.stop)
         if d_image is not None:
             d_image[row].add_(y[own] * d_positive[row, None])
         if d_text is not None:
@@ -230,9 +258,14 @@ def _finish(x, y, d_image, d_text, d_positive, scale, first, wanted, weights, dt
     if wanted[2]:
         product = x * d_image if d_image is not None else y * d_text
         d_scale = product.sum() * weights[0]
-    d_image = d_image.mul_(scale * weights[0]).to(dtype) if wanted[0] else None
-    d_text = d_text.mul_(scale * weights[1]).to(dtype) if wanted[1] else None
+    d_image = d_image.mul_(scale * weights[0]) if wanted[0] else None
+    d_text = d_text.mul_(scale * weights[1]) if wanted[1] else None
     return d_image, d_text, d_scale
+
+
+def _narrow(grads, dtype):
+    d_image, d_text = (None if grad is None else grad.to(dtype) for grad in grads[:2])
+    return d_image, d_text, grads[2]
 
 
 def _tile_sums(
@@ -274,8 +307,8 @@ def _needs_no_shift(tile: Tensor) -> bool:
     return tile.amax().item() <= _UNSHIFTED_BITS and tile.amin().item() >= -_UNSHIFTED_BITS
 
 
-def _merge(into: Tensor, shift: Tensor, total: Tensor, *, is_first: bool) -> None:
-    """into [2, n] = (shift, sum): adds another tile's sums under the larger of both shifts."""
+def merge(into: Tensor, shift: Tensor, total: Tensor, *, is_first: bool) -> None:
+    """into [2, n] = (shift, sum): adds other sums under the larger of both shifts."""
     if is_first:
         into[0] = shift
         into[1] = total
@@ -285,14 +318,14 @@ def _merge(into: Tensor, shift: Tensor, total: Tensor, *, is_first: bool) -> Non
     into[0] = high
 
 
-def _positives(tile: Tensor, first: int, i: int, j: int) -> tuple[Tensor, slice]:
+def _positives(tile: Tensor, pairs: Pairs, i: int, j: int) -> tuple[Tensor, slice]:
     """The view of the positives in the tile at row i, column j, and the rows they belong to."""
-    offset = first + i - j
-    if not -tile.shape[0] < offset < tile.shape[1]:
+    start = max(i, pairs.begin, j - pairs.first)
+    stop = min(i + tile.shape[0], pairs.end, j + tile.shape[1] - pairs.first)
+    if start >= stop:
         return tile[:0, 0], slice(0, 0)
-    view = tile.diagonal(offset)
-    start = i + max(0, -offset)
-    return view, slice(start, start + view.shape[0])
+    view = tile[start - i : stop - i, start + pairs.first - j :].diagonal()
+    return view, slice(start, stop)
 
 
 def _operands(image: Tensor, text: Tensor, unit: float = LOG2_E) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from ._distributed import (
     default_group,
     gather_rows,
     group_contrastive,
+    group_sigmoid,
     mean_over_group,
     rank_and_size,
     require_same_shape,
@@ -39,7 +40,7 @@ from ._distributed import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_IMPLS = ("torch", "reference")
+_IMPLS = ("triton", "torch", "reference")
 
 
 def contrastive_loss_reference(
@@ -104,7 +105,8 @@ def contrastive_loss(
         logit_scale: [] or [1], floating point, the factor itself, not its logarithm.
         logit_bias: [] or [1], or None. It moves all logits alike, so its gradient is exactly zero.
         group: the processes that share the batch; None is this process alone.
-        impl: "auto", "torch" or "reference".
+        impl: "triton" (CUDA, or the interpreter), "torch" or "reference"; "auto" is "triton" on
+            CUDA, else "torch".
     Returns:
         [] float32 (float64 for float64 features). A single pair has no negative: the loss is 0.
         NaN or infinite logits give NaN.
@@ -121,17 +123,18 @@ def contrastive_loss(
     """
     name = "contrastive_loss"
     image, text = _checked(name, image, text, logit_scale, logit_bias, group)
-    if choose_impl(name, impl, _IMPLS) == "reference":
+    impl = choose_impl(name, impl, _IMPLS, image)
+    if impl == "reference":
         loss = contrastive_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(_strips.compute_dtype(image))
-    scale = _scalar(logit_scale, image)
+    scale, kernels = _scalar(logit_scale, image), impl == "triton"
     if group is not None:
-        loss = group_contrastive(image, text, scale, group)
-    elif _strips.fits_one_tile(image):
+        loss = group_contrastive(image, text, scale, group, kernels)
+    elif not kernels and _strips.fits_one_tile(image):
         wanted = _wanted(image, text, scale)
         loss = _contrastive_ops.contrastive_loss_one_tile(image, text, scale, wanted)[0]
     else:
-        loss = _contrastive_ops.contrastive_loss(image, text, scale)[0]
+        loss = _contrastive_ops.contrastive_loss(image, text, scale, kernels)[0]
     return loss if logit_bias is None else loss + 0 * _scalar(logit_bias, image)
 
 
@@ -159,16 +162,17 @@ def sigmoid_loss(
     """
     name = "sigmoid_loss"
     image, text = _checked(name, image, text, logit_scale, logit_bias, group)
-    if choose_impl(name, impl, _IMPLS) == "reference":
+    impl = choose_impl(name, impl, _IMPLS, image)
+    if impl == "reference":
         loss = sigmoid_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(_strips.compute_dtype(image))
     scale = _scalar(logit_scale, image)
     bias = torch.zeros_like(scale) if logit_bias is None else _scalar(logit_bias, image)
-    rank, _ = rank_and_size(name, group)
-    all_text = gather_rows(text, group)
-    wanted = _wanted(image, all_text, scale, bias)
-    first = rank * image.shape[0]
-    return _contrastive_ops.sigmoid_loss(image, all_text, scale, bias, wanted, first)[0]
+    kernels = impl == "triton"
+    if group is not None:
+        return group_sigmoid(image, text, scale, bias, group, kernels)
+    wanted, pairs = _wanted(image, text, scale, bias), (0, 0, image.shape[0])
+    return _contrastive_ops.sigmoid_loss(image, text, scale, bias, wanted, *pairs, kernels)[0]
 
 
 def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor, Tensor]:

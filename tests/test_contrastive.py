@@ -312,26 +312,28 @@ def test_dtypes_on_a_device_without_one(dtype):
     with FakeTensorMode():
         image, text = (torch.empty(n, 64, device="cuda", dtype=dtype) for n in (2100, 4200))
         scale = torch.empty((), device="cuda")
-        rows, cols = _strips.softmax_stats(image, text, scale, 2100)
-        grads = _strips.softmax_grads(image, text, scale, rows, cols, 2100, (True,) * 3)
-        sigmoid = _strips.sigmoid_pass(image, text, scale, scale, 2100, (True,) * 4)
-    assert (rows.dtype, cols.dtype, sigmoid[0].dtype) == (torch.float32,) * 3
-    for made in (grads, sigmoid[1:]):
-        assert [g.dtype for g in made[:3]] == [dtype, dtype, torch.float32]
+        pairs = _strips.Pairs(2100, 0, 2100)
+        rows, cols = _strips.softmax_stats(image, text, scale, pairs)
+        grads = _strips.softmax_grads(image, text, scale, rows, cols, scale, pairs, (True,) * 3)
+        sigmoid = _strips.sigmoid_pass(image, text, scale, scale, pairs, (True,) * 4)
+    assert [t.dtype for t in (rows, cols, *sigmoid)] == [torch.float32] * 7
+    assert [g.dtype for g in grads] == [dtype, dtype, torch.float32]
 
 
 def test_operators_pass_opcheck():
     image, text, scale, bias = leaves(20, 8)
     wide = [torch.randn(20, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)]
     ops = _contrastive_ops
-    rows, cols = ops.contrastive_stats(*wide, scale, 20)
+    pairs = (20, 0, 20)
+    rows, cols = ops.contrastive_stats(*wide, scale, *pairs, False)
     checked = {
-        ops.contrastive_loss: (image, text, scale),
+        ops.contrastive_loss: (image, text, scale, False),
         ops.contrastive_loss_one_tile: (image, text, scale, [True, False, True]),
-        ops.sigmoid_loss: (*wide, scale, bias, [True, True, False, True], 20),
-        ops.contrastive_stats: (*(t.detach() for t in (*wide, scale)), 20),
+        ops.sigmoid_loss: (*wide, scale, bias, [True, True, False, True], *pairs, False),
+        ops.contrastive_stats: (*(t.detach() for t in (*wide, scale)), *pairs, False),
         ops.contrastive_grads: (
-            *(t.detach() for t in (*wide, scale, rows, cols)), 20, [True, True, True],
+            *(t.detach() for t in (*wide, scale, rows, cols, scale)),
+            *pairs, [True, True, True], True, False,
         ),
     }  # fmt: skip
     for op, arguments in checked.items():
@@ -433,7 +435,7 @@ def test_bad_arguments(loss, reference, arguments, error, says):
 
 @both_losses
 def test_unknown_names(loss, reference):
-    with pytest.raises(ValueError, match=f"{loss.__name__}: impl must be one of auto, torch"):
+    with pytest.raises(ValueError, match=f"{loss.__name__}: impl must be one of auto, triton"):
         loss(*bad(), impl="cuda")
     assert loss(*bad(), impl="reference").dtype == torch.float32
     with pytest.raises(ValueError, match="use_horovod must be False"):

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, imported at an operation's first launch."""

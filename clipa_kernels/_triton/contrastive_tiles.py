@@ -1,0 +1,108 @@
+"""A tile of logits: its size, its products, and where its pairs lie; for both passes."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LOG2_E, pointer
+
+LOG2E = tl.constexpr(LOG2_E)
+LN2 = tl.constexpr(1 / LOG2_E)
+WIDTHS = (100, 256, 512, 768, 1024, 1280)  # of CLIP's features, and one that is no multiple
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of logits, slice of the feature width, and how a program is staffed."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def config_for(width: int, itemsize: int) -> Config:
+    """The tile for features of `width` columns of `itemsize` bytes."""
+    if itemsize == 4:
+        return Config(64, 64, 32, 4, 2)  # fp32 runs on the FMA units: operands come from registers
+    if width % 64 and width <= 128:
+        return Config(128, 128, 32, 8, 3)  # narrow: a slice of 64 would be half empty
+    return Config(128, 128, 64, 8, 3)  # 128 x 256 spills on sm_80, sm_90 and sm_100
+
+
+@triton.jit
+def products(
+    x_ptr, y_ptr,
+    offs_m, offs_n, M, N, D,
+    stride_xm, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x @ y.T of a tile, fp32 [BLOCK_M, BLOCK_N]; zero beyond M and N."""
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    offs_k = tl.arange(0, BLOCK_K)
+    # [BLOCK_M, BLOCK_K]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+    # [BLOCK_K, BLOCK_N]
+    y_ptrs = y_ptr + offs_n.to(tl.int64)[None, :] * stride_yn + offs_k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
+            y = tl.load(y_ptrs, mask=mask_n[None, :], other=0.0)
+        else:
+            mask_k = offs_k < D - k
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            y = tl.load(y_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        y_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def is_positive(offs_m, offs_n, first, begin, end):
+    """Where a tile holds a pair: row i with column first + i, for rows from begin to end."""
+    paired = (offs_m >= begin) & (offs_m < end)
+    return (offs_n[None, :] == (offs_m + first)[:, None]) & paired[:, None]
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile's columns; half as many registers live in what follows."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e in [0, 1], right to 2e-6 of itself: a series where log(1 + e) rounds."""
+    series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * 0.25)))
+    return tl.where(e < 0.03, series, tl.log(1.0 + e))
+
+
+def rowwise(features: Tensor) -> Tensor:
+    """Features whose rows are dense; others are copied."""
+    return features if features.stride(1) == 1 else features.contiguous()
+
+
+def constexprs(config: Config, width: int) -> dict[str, object]:
+    highest = torch.get_float32_matmul_precision() == "highest"
+    return dict(
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN_K=width % config.block_k == 0,
+        PRECISION="ieee" if highest else "tf32",
+    )
+
+
+def signature(dtype: torch.dtype) -> dict[str, str]:
+    """Types of the arguments that the kernels of both passes share."""
+    features = dict(x_ptr=pointer(dtype), y_ptr=pointer(dtype), scale_ptr="*fp32")
+    sizes = ("M", "N", "D", "first", "begin", "end", "stride_xm", "stride_yn")
+    return features | dict.fromkeys(sizes, "i32")

@@ -63,6 +63,18 @@ def _merge(high, total, other_high, other_total):
 
 
 @triton.jit
+def _store_sums(ptr, part, parts, offs, n, mask, high, total, PAIRED: tl.constexpr):
+    """One row of partial sums [parts, n]: a log-sum-exp, or PAIRED its maximum and its sum apart,
+    for fp32 features: a logarithm of 20 bits has lost 4 of a sum's digits."""
+    ptrs = ptr + part.to(tl.int64) * n + offs
+    if PAIRED:
+        tl.store(ptrs, high, mask=mask)
+        tl.store(ptrs + parts.to(tl.int64) * n, total, mask=mask)
+    else:
+        tl.store(ptrs, high + tl.log2(total), mask=mask)
+
+
+@triton.jit
 def _half_stats(
     s, row_high, row_sum, col_high, col_sum, slot,
     positive_ptr, offs_m, start_n, M, N, first, begin, end,
@@ -95,13 +107,13 @@ def _contrastive_fwd_kernel(
     row_lse_ptr, col_lse_ptr, positive_ptr,
     M, N, D, first, begin, end, down, across,
     stride_xm, stride_yn,
-    SLOTS: tl.constexpr,
+    SLOTS: tl.constexpr, PAIRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps over the negatives of a block of down x across tiles, 2 across <= SLOTS.
+    """Sums over the negatives of a block of down x across tiles, 2 across <= SLOTS.
 
-    row_lse [blocks across, M], col_lse [blocks down, N], positive [M], all in bits.
+    row_lse [blocks across, M], col_lse [blocks down, N] as _store_sums; positive [M]; in bits.
     """
     HALF: tl.constexpr = BLOCK_N // 2
     blocks_n = tl.cdiv(tl.cdiv(N, BLOCK_N), across)
@@ -133,20 +145,22 @@ def _contrastive_fwd_kernel(
                 right, row_high, row_sum, col_high, col_sum, 2 * j + 1,
                 positive_ptr, offs_m, start_n + HALF, M, N, first, begin, end, SLOTS, HALF,
             )  # fmt: skip
-        row_ptrs = row_lse_ptr + block_n.to(tl.int64) * M + offs_m
         mask_m = offs_m < M
-        tl.store(row_ptrs, row_high + tl.log2(row_sum), mask=mask_m)
+        _store_sums(row_lse_ptr, block_n, blocks_n, offs_m, M, mask_m, row_high, row_sum, PAIRED)
     slots = tl.arange(0, SLOTS)[:, None]
     offs_n = (block_n * 2 * across + slots) * HALF
     offs_n = offs_n + tl.arange(0, HALF)[None, :]
     mask_n = (offs_n < N) & (slots < 2 * across)
-    col_ptrs = col_lse_ptr + block_m.to(tl.int64) * N + offs_n
-    tl.store(col_ptrs, col_high + tl.log2(col_sum), mask=mask_n)
+    blocks_m = tl.cdiv(tl.cdiv(M, BLOCK_M), down)
+    _store_sums(col_lse_ptr, block_m, blocks_m, offs_n, N, mask_n, col_high, col_sum, PAIRED)
 
 
 @triton.jit
-def _merged(lse_ptr, offs, mask, n, parts, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Log-sum-exp over the parts of lse [parts, n] at some columns: [BLOCK]."""
+def _merged(
+    lse_ptr, offs, mask, n, parts,
+    PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum) over the parts of lse [parts, n] at some columns: [BLOCK] each."""
     high = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for part in range(0, parts, PARTS):
@@ -154,15 +168,24 @@ def _merged(lse_ptr, offs, mask, n, parts, BLOCK: tl.constexpr, PARTS: tl.conste
         mask_p = (offs_p < parts)[:, None] & mask[None, :]
         # [PARTS, BLOCK]
         lse_ptrs = lse_ptr + offs_p.to(tl.int64)[:, None] * n + offs[None, :]
-        more, summed = _sums(tl.load(lse_ptrs, mask=mask_p, other=-float("inf")), 0)
+        lse = tl.load(lse_ptrs, mask=mask_p, other=-float("inf"))
+        if PAIRED:
+            part_sum = tl.load(lse_ptrs + parts.to(tl.int64) * n, mask=mask_p, other=0.0)
+            more = tl.maximum(tl.max(lse, 0), LOWEST)
+            summed = tl.sum(part_sum * tl.exp2(lse - more[None, :]), 0)
+        else:
+            more, summed = _sums(lse, 0)
         high, total = _merge(high, total, more, summed)
-    return tl.maximum(high + tl.log2(total), LOWEST)
+    return high, total
 
 
 @triton.jit
-def _softplus(x):
-    """log(1 + e^x)."""
-    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+def _half_loss(high, total, positive):
+    """(log(1 + n / p), n + p, the positive's gradient -n / (n + p)), sums in units of 2^high."""
+    x = (high - positive) * LN2 + tl.log(total)
+    loss = tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+    divisor = tl.exp2(positive - high) + total
+    return loss, divisor, -total / divisor
 
 
 @triton.jit
@@ -170,42 +193,42 @@ def _contrastive_merge_kernel(
     row_lse_ptr, col_lse_ptr,
     rows_ptr, cols_ptr, loss_ptr,
     M, N, row_parts, col_parts,
-    FINISH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    FINISH: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Partial log-sum-exps to whole ones, in rows [3, M] and cols [2, N].
+    """Partial sums to whole ones, in rows [3, M] and cols [2, N].
 
     FINISH (one program, M == N): rows (shift, divisor, gradient of the positive), cols (shift,
-    divisor), and the loss. Otherwise, a program a block: rows (lse, 1, positive), cols (lse, 1).
+    divisor), and the loss. Otherwise, a program a block: rows (shift, sum, positive), cols (shift,
+    sum).
     """
     if FINISH:
         acc = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, M, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = offs < M
-            row = _merged(row_lse_ptr, offs, mask, M, row_parts, BLOCK, PARTS)
-            col = _merged(col_lse_ptr, offs, mask, N, col_parts, BLOCK, PARTS)
             positive = tl.load(rows_ptr + 2 * M + offs, mask=mask, other=0.0)
+            high, total = _merged(row_lse_ptr, offs, mask, M, row_parts, PAIRED, BLOCK, PARTS)
+            by_row, divisor, d_positive = _half_loss(high, total, positive)
+            tl.store(rows_ptr + offs, high, mask=mask)
+            tl.store(rows_ptr + M + offs, divisor, mask=mask)
+            high, total = _merged(col_lse_ptr, offs, mask, N, col_parts, PAIRED, BLOCK, PARTS)
+            by_col, divisor, d_more = _half_loss(high, total, positive)
+            tl.store(cols_ptr + offs, high, mask=mask)
+            tl.store(cols_ptr + N + offs, divisor, mask=mask)
+            tl.store(rows_ptr + 2 * M + offs, d_positive + d_more, mask=mask)
             # NaN, not a loss of 0, where the positive is infinite.
-            loss = _softplus((row - positive) * LN2) + _softplus((col - positive) * LN2)
-            acc += tl.where(mask, loss + positive * 0.0, 0.0)
-            by_row = tl.exp2(positive - row) + 1.0
-            by_col = tl.exp2(positive - col) + 1.0
-            tl.store(rows_ptr + offs, row, mask=mask)
-            tl.store(rows_ptr + M + offs, by_row, mask=mask)
-            tl.store(rows_ptr + 2 * M + offs, -(1.0 / by_row + 1.0 / by_col), mask=mask)
-            tl.store(cols_ptr + offs, col, mask=mask)
-            tl.store(cols_ptr + N + offs, by_col, mask=mask)
+            acc += tl.where(mask, by_row + by_col + positive * 0.0, 0.0)
         tl.store(loss_ptr, tl.sum(acc, 0) / (2.0 * M))
     else:
         offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask_m = offs < M
         mask_n = offs < N
-        row = _merged(row_lse_ptr, offs, mask_m, M, row_parts, BLOCK, PARTS)
-        tl.store(rows_ptr + offs, row, mask=mask_m)
-        tl.store(rows_ptr + M + offs, 1.0, mask=mask_m)
-        col = _merged(col_lse_ptr, offs, mask_n, N, col_parts, BLOCK, PARTS)
-        tl.store(cols_ptr + offs, col, mask=mask_n)
-        tl.store(cols_ptr + N + offs, 1.0, mask=mask_n)
+        high, total = _merged(row_lse_ptr, offs, mask_m, M, row_parts, PAIRED, BLOCK, PARTS)
+        tl.store(rows_ptr + offs, high, mask=mask_m)
+        tl.store(rows_ptr + M + offs, total, mask=mask_m)
+        high, total = _merged(col_lse_ptr, offs, mask_n, N, col_parts, PAIRED, BLOCK, PARTS)
+        tl.store(cols_ptr + offs, high, mask=mask_n)
+        tl.store(cols_ptr + N + offs, total, mask=mask_n)
 
 
 def softmax_forward(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,13 +259,15 @@ def _tile_stats(
     down, across = block_for(tiles_m, tiles_n)
     blocks_m, blocks_n = cdiv(tiles_m, down), cdiv(tiles_n, across)
     rows, cols = scale.new_empty(3, m), scale.new_empty(2, n)
-    row_lse, col_lse = scale.new_empty(blocks_n, m), scale.new_empty(blocks_m, n)
+    paired = image.element_size() == 4
+    row_lse = scale.new_empty(1 + paired, blocks_n, m)
+    col_lse = scale.new_empty(1 + paired, blocks_m, n)
     _contrastive_fwd_kernel[(blocks_m * blocks_n,)](
         x, y, scale,
         row_lse, col_lse, rows[2],
         m, n, d, *pairs, down, across,
         x.stride(0), y.stride(0),
-        SLOTS=2 * MOST_ACROSS,
+        SLOTS=2 * MOST_ACROSS, PAIRED=paired,
         **constexprs(config, d),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -251,7 +276,7 @@ def _tile_stats(
 
 def _merge_launch(partial: list[Tensor], rows: Tensor, cols: Tensor, loss: Tensor | None) -> None:
     row_lse, col_lse = partial
-    (row_parts, m), (col_parts, n) = row_lse.shape, col_lse.shape
+    (numbers, row_parts, m), (_, col_parts, n) = row_lse.shape, col_lse.shape
     # One program for the loss: its sum is final, at a launch less than a second level.
     block, parts, warps = (512, 8, 16) if loss is not None else (128, 8, 4)
     grid = 1 if loss is not None else cdiv(max(m, n), block)
@@ -259,7 +284,7 @@ def _merge_launch(partial: list[Tensor], rows: Tensor, cols: Tensor, loss: Tenso
         row_lse, col_lse,
         rows, cols, rows if loss is None else loss,
         m, n, row_parts, col_parts,
-        FINISH=loss is not None, BLOCK=block, PARTS=parts,
+        FINISH=loss is not None, PAIRED=numbers == 2, BLOCK=block, PARTS=parts,
         num_warps=warps,
     )  # fmt: skip
 
@@ -275,14 +300,16 @@ def cases() -> Iterator[Case]:
                 signature(dtype)
                 | dict.fromkeys(("row_lse_ptr", "col_lse_ptr", "positive_ptr"), "*fp32")
                 | dict(down="i32", across="i32"),
-                dict(SLOTS=2 * MOST_ACROSS) | constexprs(config, width),
+                dict(SLOTS=2 * MOST_ACROSS, PAIRED=dtype == torch.float32)
+                | constexprs(config, width),
                 config.num_warps,
                 config.num_stages,
             )
     pointers = ("row_lse_ptr", "col_lse_ptr", "rows_ptr", "cols_ptr", "loss_ptr")
     merge = dict.fromkeys(pointers, "*fp32")
     merge |= dict.fromkeys(("M", "N", "row_parts", "col_parts"), "i32")
-    for finish, block, warps in ((True, 512, 16), (False, 128, 4)):
-        sizes = dict(FINISH=finish, BLOCK=block, PARTS=8)
-        label = "merge and loss" if finish else "merge"
-        yield Case(label, _contrastive_merge_kernel, merge, sizes, warps, 3)
+    for paired in (False, True):
+        for finish, block, warps in ((True, 512, 16), (False, 128, 4)):
+            sizes = dict(FINISH=finish, PAIRED=paired, BLOCK=block, PARTS=8)
+            label = f"merge{' and loss' if finish else ''}{', paired' if paired else ''}"
+            yield Case(label, _contrastive_merge_kernel, merge, sizes, warps, 3)

@@ -170,7 +170,7 @@ def _resident(row: Row, tensor_columns: int) -> tuple[int, str]:
     warp = -(-max(row.registers, 1) * 32 // 256) * 256
     limits = {
         "registers": arch.registers // 4 // warp * 4 // row.num_warps,
-        "shared": arch.shared // (row.shared + 1024) if row.shared <= arch.block_shared else 0,
+        "shared": arch.shared // (row.shared + 1024),
         "warps": arch.warps // row.num_warps,
         "blocks": arch.blocks,
     }

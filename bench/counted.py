@@ -12,7 +12,8 @@ Of a Triton launch, from the lanes that its masks leave on:
                with an endless cache. DRAM moves between the two.
     flops      2 M N K of each tl.dot as issued: the padding of a tile counts
     hazards    bytes that one program stores and another stores or loads in the same launch, and
-               bytes that one program changes atomically and another stores or loads plainly
+               bytes that one program changes atomically and another stores or loads plainly;
+               a byte counts once for each of these four
     out of bounds  lanes outside the tensors passed: outside their storage, where the access is
                left out, or inside it but beyond the first and last element of the views passed
 

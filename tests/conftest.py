@@ -7,8 +7,9 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads it when it is imported, so all tests of one process run interpreted; what compiles
-# kernels does so in processes without it (tests/test_compiled.py).
-os.environ["TRITON_INTERPRET"] = "1"
+# kernels does so in processes without it (tests/test_compiled.py). On a GPU, TRITON_INTERPRET=0
+# pytest runs the kernels there.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

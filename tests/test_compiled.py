@@ -150,7 +150,8 @@ def test_what_does_not_compile(rows):
         (80, 129, 4, 0, 0, (3, "registers")),  # 136 after rounding: 3 warps a quarter
         (80, 32, 4, 60 << 10, 0, (2, "shared")),  # 164 of 60 + 1
         (90, 32, 4, 60 << 10, 0, (3, "shared")),
-        (90, 32, 4, 228 << 10, 0, (0, "shared")),
+        (90, 32, 4, 227 << 10, 0, (1, "shared")),
+        (90, 32, 4, (227 << 10) + 16, 0, (0, "shared")),
         (80, 32, 16, 0, 0, (4, "registers")),
         (80, 16, 16, 0, 0, (4, "warps")),
         (80, 32, 1, 0, 0, (32, "blocks")),
@@ -213,6 +214,7 @@ def test_command(tmp_path):
 
 def test_errors(monkeypatch):
     case = Case("copy", copy_kernel, COPY, dict(BLOCK=1024))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="compile_case: TRITON_INTERPRET must be unset, got 1"):
         compile_case(case, 80)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)

@@ -35,7 +35,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["clipa_kernels"],
+    packages=["clipa_kernels", "clipa_kernels._triton"],
     install_requires=["torch>=2.6", "einops"],
     extras_require={
         "train": train,

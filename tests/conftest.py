@@ -1,4 +1,4 @@
-"""Shared by all tests: NaN in uninitialised memory, and the one rule of tolerance."""
+"""Shared by all tests: NaN in uninitialised memory, and Triton's interpreter."""
 
 import os
 
@@ -6,6 +6,10 @@ import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads it when it is imported, so all tests of one process run interpreted; what compiles
+# kernels does so in processes without it (tests/test_compiled.py). On a GPU, TRITON_INTERPRET=0
+# pytest runs the kernels there.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

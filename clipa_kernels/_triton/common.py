@@ -1,6 +1,8 @@
-"""What the kernels share: which device takes them, and how their table is listed."""
+"""What the kernel files share: where they run, and how their config tables are listed."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,19 +26,33 @@ def runs_on(device: torch.device) -> bool:
         return False
 
 
-class Case(NamedTuple):
-    """A row of a config table as it is compiled: types of the run-time arguments by name, values
-    of the others."""
-
-    label: str
-    kernel: triton.JITFunction
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
-
-
 def pointer(dtype: torch.dtype) -> str:
     """Triton's name for a pointer to a dtype: "*bf16"."""
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     return names[dtype]
+
+
+class Case(NamedTuple):
+    """One row of a config table, as plain data: all that compiling it without a GPU needs.
+
+    A kernel file offers `cases() -> Iterator[Case]`, one for each row that a launcher can choose;
+    `python -m bench.compiled` finds them.
+
+    label: how reports call it, "attention forward 37x80 bf16"
+    kernel: the @triton.jit function
+    signature: Triton type of each run-time argument by name: "*bf16", "i32", "fp32"
+    constexprs: value of each tl.constexpr, and of integers that are 1 (Triton makes them constant)
+    num_warps, num_stages: as at the launch
+    archs: compute capabilities that may get this row, 80 for sm_80
+    unaligned: pointers and integers that are no multiple of 16 (bytes, or the value); all others
+        are, which decides how wide loads and stores are
+    """
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    archs: tuple[int, ...] = (80, 90, 100)
+    unaligned: tuple[str, ...] = ()

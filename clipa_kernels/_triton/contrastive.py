@@ -23,9 +23,9 @@ from .common import Case, cdiv, pointer
 from .contrastive_tiles import (
     LN2,
     LOG2E,
-    WIDTHS,
     config_for,
     constexprs,
+    dtypes_and_widths,
     halves,
     is_positive,
     log1p,
@@ -290,21 +290,19 @@ def _merge_launch(partial: list[Tensor], rows: Tensor, cols: Tensor, loss: Tenso
 
 
 def cases() -> Iterator[Case]:
-    """Every row of the table, at the widths of CLIP's features."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for width in WIDTHS:
-            config = config_for(width, dtype.itemsize)
-            yield Case(
-                f"forward, {pointer(dtype)[1:]} D={width}",
-                _contrastive_fwd_kernel,
-                signature(dtype)
-                | dict.fromkeys(("row_lse_ptr", "col_lse_ptr", "positive_ptr"), "*fp32")
-                | dict(down="i32", across="i32"),
-                dict(SLOTS=2 * MOST_ACROSS, PAIRED=dtype == torch.float32)
-                | constexprs(config, width),
-                config.num_warps,
-                config.num_stages,
-            )
+    """Every rung of the table with every variant of the kernels."""
+    for dtype, width in dtypes_and_widths():
+        config = config_for(width, dtype.itemsize)
+        yield Case(
+            f"forward {pointer(dtype)[1:]} D={width}",
+            _contrastive_fwd_kernel,
+            signature(dtype)
+            | dict.fromkeys(("row_lse_ptr", "col_lse_ptr", "positive_ptr"), "*fp32")
+            | dict(down="i32", across="i32"),
+            dict(SLOTS=2 * MOST_ACROSS, PAIRED=dtype == torch.float32) | constexprs(config, width),
+            config.num_warps,
+            config.num_stages,
+        )
     pointers = ("row_lse_ptr", "col_lse_ptr", "rows_ptr", "cols_ptr", "loss_ptr")
     merge = dict.fromkeys(pointers, "*fp32")
     merge |= dict.fromkeys(("M", "N", "row_parts", "col_parts"), "i32")
@@ -312,4 +310,4 @@ def cases() -> Iterator[Case]:
         for finish, block, warps in ((True, 512, 16), (False, 128, 4)):
             sizes = dict(FINISH=finish, PAIRED=paired, BLOCK=block, PARTS=8)
             label = f"merge{' and loss' if finish else ''}{', paired' if paired else ''}"
-            yield Case(label, _contrastive_merge_kernel, merge, sizes, warps, 3)
+            yield Case(label, _contrastive_merge_kernel, merge, sizes, warps)

@@ -19,9 +19,9 @@ from torch import Tensor
 from .common import Case, cdiv, pointer
 from .contrastive_tiles import (
     LOG2E,
-    WIDTHS,
     config_for,
     constexprs,
+    dtypes_and_widths,
     halves,
     is_positive,
     log1p,
@@ -241,21 +241,20 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """Every row of the table, at the widths of CLIP's features."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "d_loss_ptr", "parts_ptr")
-        sizes = ("row0", "height", "part0", "parts", "stride_gm")
+    """Every rung of the table with every variant of the kernel."""
+    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "d_loss_ptr", "parts_ptr")
+    sizes = ("row0", "height", "part0", "parts", "stride_gm")
+    for dtype, width in dtypes_and_widths():
         types = signature(dtype) | dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32")
         types |= dict(g_ptr=pointer(dtype), weight="fp32")
-        for width in WIDTHS:
-            config = config_for(width, dtype.itemsize)
-            for sigmoid, store in ((False, True), (False, False), (True, True), (True, False)):
-                name = f"{'sigmoid' if sigmoid else 'backward'}{'' if store else ' sums only'}"
-                yield Case(
-                    f"{name}, {pointer(dtype)[1:]} D={width}",
-                    _contrastive_bwd_kernel,
-                    types,
-                    dict(SIGMOID=sigmoid, STORE_G=store) | constexprs(config, width),
-                    config.num_warps,
-                    config.num_stages,
-                )
+        config = config_for(width, dtype.itemsize)
+        for sigmoid, store in ((False, True), (True, True), (False, False), (True, False)):
+            name = f"{'sigmoid' if sigmoid else 'backward'}{'' if store else ', sums only,'}"
+            yield Case(
+                f"{name} {pointer(dtype)[1:]} D={width}",
+                _contrastive_bwd_kernel,
+                types,
+                dict(SIGMOID=sigmoid, STORE_G=store) | constexprs(config, width),
+                config.num_warps,
+                config.num_stages,
+            )

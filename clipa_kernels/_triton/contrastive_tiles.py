@@ -1,5 +1,6 @@
 """A tile of logits: its size, its products, and where its pairs lie; for both passes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from .common import LOG2_E, pointer
 
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
-WIDTHS = (100, 256, 512, 768, 1024, 1280)  # of CLIP's features, and one that is no multiple
+# Of the features in the cases to compile. A width enters the code only through its rung of
+# config_for and whether it divides into slices: 512 stands for 256, 768, 1024 and 1280.
+WIDTHS = (512, 1000, 100)
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,10 @@ def signature(dtype: torch.dtype) -> dict[str, str]:
     features = dict(x_ptr=pointer(dtype), y_ptr=pointer(dtype), scale_ptr="*fp32")
     sizes = ("M", "N", "D", "first", "begin", "end", "stride_xm", "stride_yn")
     return features | dict.fromkeys(sizes, "i32")
+
+
+def dtypes_and_widths() -> Iterator[tuple[torch.dtype, int]]:
+    """What the cases of both passes cover: all rungs in bf16, one in fp16, two in fp32."""
+    yield from ((torch.bfloat16, width) for width in WIDTHS)
+    yield torch.float16, WIDTHS[0]
+    yield from ((torch.float32, width) for width in WIDTHS[::2])

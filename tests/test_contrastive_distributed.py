@@ -10,7 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipa_kernels import ClipLoss, SigLipLoss, _strips, contrastive_loss, sigmoid_loss
+from bench.wire import wire_bytes
+from clipa_kernels import (
+    ClipLoss,
+    SigLipLoss,
+    _distributed,
+    _strips,
+    contrastive_loss,
+    sigmoid_loss,
+)
 
 FUNCTIONS = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
 
@@ -56,10 +64,11 @@ def close(mine, true, what):
     )
 
 
-def check_against_one_process(group, rows, **how):
+def check_against_one_process(group, rows, kernels=False, **how):
     """Under DDP's mean, the loss and all gradients are those of the whole batch on one process."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    for (name, function), impl in itertools.product(FUNCTIONS.items(), ("torch", "reference")):
+    impls = ("torch", "triton", "reference") if kernels else ("torch", "reference")
+    for (name, function), impl in itertools.product(FUNCTIONS.items(), impls):
         whole = batch(rows * size, **how)
         what = f"{name} {impl} rank {rank} of {size}, {rows} rows {how}"
         loss, *grads = graded(function, whole)
@@ -98,6 +107,23 @@ def check_options(group, rows):
         loss, d_image, d_text, *_ = graded(over_group, [*low, *inputs[2:]])
         assert (loss.dtype, d_image.dtype, d_text.dtype) == (torch.float32, *[torch.bfloat16] * 2)
         torch.testing.assert_close(loss, full[0], rtol=1e-2, atol=1e-2)
+
+
+def check_wire(rank, size, rows):
+    """Half the bytes of open_clip's loss, which gathers both towers with their gradients."""
+    theirs = open_clip_loss()
+    if theirs is None or size == 1:
+        return
+    options = dict(local_loss=True, gather_with_grad=True, rank=rank, world_size=size)
+    for dtype in (torch.float32, torch.bfloat16):
+        sent = []
+        for module in (ClipLoss, theirs.ClipLoss):
+            inputs = own_leaves(batch(rows * size, width=512), rank, rows)[:3]
+            inputs[:2] = [t.detach().to(dtype).requires_grad_() for t in inputs[:2]]
+            with wire_bytes() as wire:
+                module(**options)(*inputs[:2], inputs[2].to(dtype)).backward()
+            sent.append(wire.sent)
+        assert sent[0] <= 0.52 * sent[1], (dtype, sent)
 
 
 def check_modules(rank, size, rows):
@@ -171,13 +197,16 @@ def work(rank, size, store):
     check_options(dist.group.WORLD, 4)
     check_modules(rank, size, 6)
     check_errors(rank, size, 3)
+    check_wire(rank, size, 20)
     if size == 4:
         for members in ([1, 3], [0, 2, 3]):
             group = dist.new_group(members)
             if rank in members:
                 check_against_one_process(group, 3)
     _strips._CPU_TILE = (16, 16)
-    check_against_one_process(dist.group.WORLD, 37)
+    _distributed._CHUNK_ROWS = 10  # three chunks
+    check_against_one_process(dist.group.WORLD, 37, kernels=True)
+    check_options(dist.group.WORLD, 31)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -143,7 +143,7 @@ def softmax_grads(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As _strips.softmax_grads; G carries all factors, so the products are final."""
     weight = 0.5 / image.shape[0]
-    stats = (scale, rows, cols, d_loss)
+    stats = (scale, rows.contiguous(), cols.contiguous(), d_loss)
     kind = torch.float32 if wide else image.dtype
     d_image, d_text, parts = _strip_pass(image, text, scale, stats, pairs, wanted, weight, kind)
     return d_image, d_text, parts[0].sum() if wanted[2] else None

@@ -1,8 +1,9 @@
 """Crop, resize, bend and colour uint8 batches; each draw depends on (seed, step, sample) alone.
 
 A crop is two products with banded weight matrices, out = Wy @ image @ Wx^T, with antialiased
-bilinear weights; it equals torch's interpolate(crop, mode="bilinear", antialias=True). Colours are
-one 3x3 matrix with a bias.
+bilinear weights; it equals torch's interpolate(crop, mode="bilinear", antialias=True). A crop that
+is also turned or bent is read at points instead, bilinear: sharp from sources of up to twice its
+size, and a third of the time. Colours are one 3x3 matrix with a bias.
 
 The crop is torchvision's RandomResizedCrop (area, then log-uniform aspect, ten tries). The colour
 change is brightness, contrast, saturation and hue in this fixed order, with one rounding at the end
@@ -11,6 +12,7 @@ change is brightness, contrast, saturation and hue in this fixed order, with one
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -115,20 +117,14 @@ def augment(
         shapes = philox_uniform(seed, step, samples, 2 + 2 * _FIELD**2, stream=SHAPE_STREAM)
     if how.outline:
         images = _outlined(images, shapes[:, 0] < how.outline, 2 * shapes[:, 1])
-    height, width = images.shape[1:3]
-    top, left, tall, wide = _boxes(height, width, draws, how)
-    bent = how.rotate or how.warp
-    fine = 2 * size if bent else size  # bent from twice the size: stays sharp
-    beyond = math.sqrt(max(1.0, how.scale[1])) - 1 + how.shift
-    rows = _weights(top, tall, fine, height, math.ceil(beyond * height))
-    columns = _weights(left, wide, fine, width, math.ceil(beyond * width))
-    if how.flip:
-        flipped = (draws[:, -1] < how.flip)[:, None, None]
-        columns = torch.where(flipped, columns.flip(1), columns)
-    planes = _apply(images, rows, columns, how.fill)
-    if bent:
+    box = _boxes(*images.shape[1:3], draws, how)
+    flipped = draws[:, -1] < how.flip
+    if how.rotate or how.warp:
+        angle = (2 * draws[:, -2] - 1) * math.radians(how.rotate)
         field = None if not how.warp else how.warp * 12**0.5 * (shapes[:, 2:] - 0.5)
-        planes = _bend(planes, (2 * draws[:, -2] - 1) * math.radians(how.rotate), field)
+        planes = _bent(images, size, box, angle, field, flipped, how.fill)
+    else:
+        planes = _cropped(images, size, box, flipped, how)
     planes = planes.add_(how.fill)
     if how.changes_colour:
         planes = _recolour(planes, draws, how)
@@ -226,31 +222,74 @@ def _apply(images: Tensor, rows: Tensor, columns: Tensor, fill: int) -> Tensor:
     return (planes @ columns.transpose(1, 2)).view(batch, 3, size, size)
 
 
-def _bend(planes: Tensor, angle: Tensor, field: Tensor | None) -> Tensor:
-    """Turn about the centre, move by a field of _FIELD x _FIELD knots, and halve the side.
+def _cropped(
+    images: Tensor, size: int, box: tuple[Tensor, ...], flipped: Tensor, how: Augmentation
+) -> Tensor:
+    """Crops less `how.fill`, antialiased: float32 [B, 3, size, size]."""
+    (height, width), (top, left, tall, wide) = images.shape[1:3], box
+    beyond = math.sqrt(max(1.0, how.scale[1])) - 1 + how.shift
+    rows = _weights(top, tall, size, height, math.ceil(beyond * height))
+    columns = _weights(left, wide, size, width, math.ceil(beyond * width))
+    if how.flip:
+        columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
+    return _apply(images, rows, columns, how.fill)
 
-    A point of the result lies between four pixels of planes, so bilinear weights average these.
+
+def _bent(
+    images: Tensor,
+    size: int,
+    box: tuple[Tensor, ...],
+    angle: Tensor,
+    field: Tensor | None,
+    flipped: Tensor,
+    fill: int,
+) -> Tensor:
+    """Crops less `fill`, turned about their centre and bent by _FIELD x _FIELD knots.
+
+    A pixel of the result is read at a point, from the four pixels around it: [B, 3, size, size].
     """
-    side = planes.shape[-1] // 2
-    at = (torch.arange(side) + 0.5) * (2 / side) - 1
+    at = (torch.arange(size) + 0.5) * (2 / size) - 1
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     x, y = at[None, None, :], at[None, :, None]
     grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
     if field is not None:
-        knots = field.view(-1, 2, _FIELD, _FIELD)
-        grid += F.interpolate(knots, (side, side), mode="bicubic").permute(0, 2, 3, 1)
+        bend = field.view(-1, _FIELD**2) @ _knots(size)
+        grid += bend.view(-1, 2, size, size).permute(0, 2, 3, 1)
+    (height, width), (top, left, tall, wide) = images.shape[1:3], box
+    sign = 1 - 2 * flipped.float()
+    scale = torch.stack([sign * wide / width, tall / height], dim=1)
+    centre = torch.stack([(2 * left + wide) / width - 1, (2 * top + tall) / height - 1], dim=1)
+    grid = torch.addcmul(centre[:, None, None], grid, scale[:, None, None])
+    planes = images.permute(0, 3, 1, 2).float().sub_(fill)
     return F.grid_sample(planes, grid, align_corners=False)
+
+
+@lru_cache(maxsize=4)
+def _knots(size: int) -> Tensor:
+    """Bicubic weights of each knot in each pixel: float32 [_FIELD**2, size**2]."""
+    knots = torch.eye(_FIELD**2).view(1, -1, _FIELD, _FIELD)
+    return F.interpolate(knots, (size, size), mode="bicubic").view(_FIELD**2, size**2)
 
 
 def _outlined(images: Tensor, chosen: Tensor, strength: Tensor) -> Tensor:
     """Edges of the chosen images darkened by strength times the contrast of their 3x3 pixels."""
-    picked = images[chosen].float()
-    grey = picked.mean(3).unsqueeze(1)
-    edge = F.max_pool2d(grey, 3, 1, 1) + F.max_pool2d(-grey, 3, 1, 1)
-    darker = picked - strength[chosen].view(-1, 1, 1, 1) * edge.permute(0, 2, 3, 1)
-    images = images.clone()
-    images[chosen] = darker.clamp_(0, 255).round_().to(torch.uint8)
-    return images
+    at = chosen.nonzero()[:, 0]
+    picked = images.index_select(0, at).float()
+    grey = picked.mean(3)
+    edge = _around(grey, torch.maximum).sub_(_around(grey, torch.minimum))
+    darker = picked.sub_((strength[at, None, None] * edge)[..., None])
+    return images.index_copy(0, at, darker.clamp_(0, 255).round_().to(torch.uint8))
+
+
+def _around(planes: Tensor, take) -> Tensor:
+    """The most or least of the 3x3 pixels around each of [B, H, W]."""
+    for dim in (1, 2):
+        last = planes.shape[dim] - 1
+        first, final = planes.narrow(dim, 0, 1), planes.narrow(dim, last, 1)
+        before = torch.cat([first, planes.narrow(dim, 0, last)], dim)
+        after = torch.cat([planes.narrow(dim, 1, last), final], dim)
+        planes = take(take(before, after), planes)
+    return planes
 
 
 def _recolour(planes: Tensor, draws: Tensor, how: Augmentation) -> Tensor:

@@ -205,14 +205,14 @@ class EmojiLoader:
 
     def _blended(self, rows: Tensor, step: int) -> Tensor:
         """The rows' images; a share of them faded by a random amount into their concept's other."""
-        images, partner = self.images[rows], self.partner[rows]
+        images, partner = self.images.index_select(0, rows), self.partner[rows]
         samples = torch.arange(self.rows.start, self.rows.stop)
         chance, amount = philox_uniform(self.seed, step, samples, 2, stream=BLEND_STREAM).unbind(1)
         faded = ((chance < self.blend) & (partner >= 0)).nonzero()[:, 0]
         if len(faded):
-            weight = amount[faded].view(-1, 1, 1, 1)
-            pair = images[faded].float(), self.images[partner[faded]].float()
-            images[faded] = torch.lerp(*pair, weight).round().to(torch.uint8)
+            own, other = images.index_select(0, faded), self.images.index_select(0, partner[faded])
+            mixed = torch.lerp(own.float(), other.float(), amount[faded].view(-1, 1, 1, 1))
+            images.index_copy_(0, faded, mixed.round_().to(torch.uint8))
         return images
 
     def _captions(self, concepts: list[int], step: int) -> list[str]:

@@ -25,7 +25,7 @@ from .vit import (
 
 # width, depth, heads, MLP ratio of the image encoder; width, depth, heads of the text encoder; E.
 SIZES: dict[str, tuple[tuple[int, int, int, float], tuple[int, int, int], int]] = {
-    "demo": ((192, 4, 3, 4.0), (128, 2, 2), 128),
+    "demo": ((128, 4, 2, 4.0), (128, 2, 2), 128),
     "Ti": ((192, 12, 3, 4.0), (192, 12, 3), 192),
     "S": ((384, 12, 6, 4.0), (384, 12, 6), 384),
     "M": ((512, 12, 8, 4.0), (512, 12, 8), 512),

@@ -1,5 +1,6 @@
 """Data: splits without leaks, the cache, crops against torch, and order as a pure function."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -317,6 +318,22 @@ def test_flip_mirrors(pictures):
     assert torch.equal(augment(pictures, 24, Augmentation(flip=1.0), **KEY), plain.flip(2))
 
 
+@pytest.mark.parametrize("how", [Augmentation(rotate=1e-9), Augmentation(warp=1e-9)])
+def test_a_bend_by_nothing_reads_the_crop_at_points(pictures, how):
+    from data.augment import _boxes
+
+    how = dataclasses.replace(how, scale=(0.7, 1.3), shift=0.1)
+    found = augment(pictures, 36, how, **KEY).double()
+    boxes = torch.stack(_boxes(72, 72, sample_draws(12, **KEY), how), 1).double()
+    at = (torch.arange(36).double() + 0.5) / 36
+    y, x = (boxes[:, i, None] + at * boxes[:, i + 2, None] - 0.5 for i in (0, 1))
+    near = [(1 - (torch.arange(72) - p[..., None]).abs()).clamp(min=0) for p in (y, x)]
+    wanted = torch.einsum("byi,bijc,bxj->byxc", near[0], pictures.double() - 255, near[1]) + 255
+    assert (found - wanted).abs().max() <= 0.51
+    mirrored = augment(pictures, 36, dataclasses.replace(how, flip=1.0), **KEY).double()
+    assert (mirrored - wanted.flip(2)).abs().max() <= 0.51
+
+
 def test_colour_changes_by_their_definition(pictures):
     def change(**how) -> torch.Tensor:
         whole = Augmentation(jitter=1.0, **how)
@@ -537,6 +554,8 @@ def test_outlines_darken_edges_alone():
     assert torch.equal(out[:, :, :11], edge.int()[:, :, :11])  # two columns touch the edge
     assert torch.equal(out[:, :, 13:], edge.int()[:, :, 13:])
     assert (out[:, :, 11:13] < edge.int()[:, :, 11:13]).flatten(1).any(1).sum() > 4
+    one = torch.full((2, 1, 1, 3), 7, dtype=torch.uint8)
+    assert torch.equal(augment(one, 1, how, seed=0, step=0), one)
 
 
 def test_warps_move_pixels_and_keep_colours():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import check_close
 
+from bench.counted import counted
 from clipa_kernels import (
     ClipLoss,
     contrastive_loss,
@@ -88,6 +89,18 @@ def test_any_shape(loss, reference, n, e, dtype):
     actual = gradients(loss, values, impl="triton")
     for name, mine, true, rounded in zip(NAMES, actual, exact, low, strict=True):
         check_close(name, mine, true, rounded.to(mine.dtype))
+
+
+@pytest.mark.parametrize("kind", ["random", "aligned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bit_loss_at_scale_100_is_right_to_1e_4(dtype, kind):
+    image, text, scale, _ = leaves(150, 64, 100.0, dtype=dtype, kind=kind)
+    with torch.no_grad(), counted():  # which multiplies bf16 as a GPU does
+        image[3] = image[4]
+        loss = contrastive_loss(image, text, scale, impl="triton")
+    exact = contrastive_loss_reference(*(t.double() for t in (image, text, scale)))
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - exact.item()) <= 1e-4 * exact.item()
 
 
 @both_losses

@@ -116,9 +116,11 @@ def _contrastive_fwd_kernel(
     row_lse [blocks across, M], col_lse [blocks down, N] as _store_sums; positive [M]; in bits.
     """
     HALF: tl.constexpr = BLOCK_N // 2
+    # Down first: programs that run together share their columns, which stay in the L2 cache.
+    blocks_m = tl.cdiv(tl.cdiv(M, BLOCK_M), down)
     blocks_n = tl.cdiv(tl.cdiv(N, BLOCK_N), across)
-    block_m = tl.program_id(0) // blocks_n
-    block_n = tl.program_id(0) % blocks_n
+    block_m = tl.program_id(0) % blocks_m
+    block_n = tl.program_id(0) // blocks_m
     rows_left = tl.cdiv(M, BLOCK_M) - block_m * down
     tiles_left = tl.cdiv(N, BLOCK_N) - block_n * across
     scale = tl.load(scale_ptr) * LOG2E
@@ -151,7 +153,6 @@ def _contrastive_fwd_kernel(
     offs_n = (block_n * 2 * across + slots) * HALF
     offs_n = offs_n + tl.arange(0, HALF)[None, :]
     mask_n = (offs_n < N) & (slots < 2 * across)
-    blocks_m = tl.cdiv(tl.cdiv(M, BLOCK_M), down)
     _store_sums(col_lse_ptr, block_m, blocks_m, offs_n, N, mask_n, col_high, col_sum, PAIRED)
 
 

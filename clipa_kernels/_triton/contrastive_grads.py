@@ -83,9 +83,10 @@ def _contrastive_bwd_kernel(
     parts [3, tiles] of the loss, the scale's and the bias's gradient, without weight and scale.
     """
     HALF: tl.constexpr = BLOCK_N // 2
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_s = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_n = tl.program_id(0) % tiles_n * BLOCK_N
+    # Down the strip first: its rows stay in the L2 cache while the columns pass once.
+    tiles_m = tl.cdiv(height, BLOCK_M)
+    offs_s = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n = tl.program_id(0) // tiles_m * BLOCK_N
     offs_m = row0 + offs_s
     # [BLOCK_M, BLOCK_N]
     cosine = products(

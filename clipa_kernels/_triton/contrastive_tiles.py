@@ -32,8 +32,8 @@ def config_for(width: int, itemsize: int) -> Config:
     """The tile for features of `width` columns of `itemsize` bytes."""
     if itemsize == 4:
         return Config(64, 64, 32, 8, 2)  # fp32 runs on the FMA units: operands come from registers
-    if width % 64 and width <= 128:
-        return Config(128, 128, 32, 8, 3)  # narrow: a slice of 64 would be half empty
+    if width % 64 and width < 512:
+        return Config(128, 128, 32, 8, 3)  # less of the last slice is empty
     return Config(128, 128, 64, 8, 3)  # 128 x 256 spills on sm_80, sm_90 and sm_100
 
 

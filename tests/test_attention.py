@@ -159,8 +159,17 @@ BAD = {
     "cu end": (dict(cu_seqlens=cu_seqlens_of([3])), ValueError, "from 0 to T = 4, got 0 to 3"),
     "cu falls": (dict(cu_seqlens=torch.tensor([0, 5, 4]).int()), ValueError, "must not fall"),
     "cu device": (dict(cu_seqlens=cu_seqlens_of([4], "meta")), ValueError, "must be on cpu"),
+    "last stride": (
+        dict(qkv=torch.zeros(4, 3, 2, 32)[..., ::2]),
+        ValueError,
+        "the last stride must be 1, got 2",
+    ),
     "max": (dict(max_seqlen=3), ValueError, "at least the longest sequence, 4, got 3"),
-    "impl": (dict(impl="flash"), ValueError, "impl must be one of auto, torch, sdpa, reference"),
+    "impl": (
+        dict(impl="flash"),
+        ValueError,
+        "impl must be one of auto, triton, torch, sdpa, reference",
+    ),
 }
 
 

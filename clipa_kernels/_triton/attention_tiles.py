@@ -85,7 +85,7 @@ def _chunk(
     mask = tl.broadcast_to(mask_m[:, None], (mask_m.shape[0], WIDTH))
     if START + WIDTH > HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
-    return ptr + offs_m.to(tl.int64)[:, None] * stride + offs_d[None, :], mask
+    return ptr + (offs_m[:, None] * stride + offs_d[None, :]), mask
 
 
 @triton.jit

@@ -8,7 +8,7 @@
 
 Short attention is bound by memory, L / 2 operations a byte, so the empty part of a tile is nearly
 free. q, k, v are read where they lie, by strides, and gradients are written likewise: packed
-[T, 3, H, D] products are never taken apart. Scores are in bits (times log2 e). No atomics, no
+[T, 3, H, D] products are never taken apart. No atomics, no
 scratch, no order that could change.
 """
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from .attention_long import long_backward, long_cases, long_forward
 from .attention_tiles import (
     GRAD_STRIDES,
-    LOG2E,
     LOWEST,
     SHORT,
     SIZES,
@@ -56,9 +55,9 @@ def _probabilities(
         seen = seen & (rows // max_seqlen == columns // max_seqlen)
     if IS_CAUSAL:
         seen = seen & (columns <= rows)
-    s = tl.where(seen, s * (scale * LOG2E), -float("inf"))
+    s = tl.where(seen, s * scale, -float("inf"))
     high = tl.maximum(tl.max(s, 1), LOWEST)
-    p = tl.exp2(s - high[:, None])
+    p = tl.exp(s - high[:, None])
     # The largest is 1, so a sum below 1 is that of a row without keys.
     return p * (1.0 / tl.maximum(tl.sum(p, 1), 1.0))[:, None]
 
@@ -241,7 +240,7 @@ def _short(
     x = tensors[0]
     batch = cu_seqlens.shape[0] - 1
     uniform = x.shape[0] == batch * max_seqlen
-    config = config_for(max_seqlen, x.element_size())
+    config = config_for(max_seqlen, x.shape[2], x.element_size())
     pack = pack_for(max_seqlen, uniform)
     how = constexprs(x.shape[2], causal, uniform, stride_unit(*tensors))
     how |= dict(PACK=pack, BLOCK=config.block_m)
@@ -252,7 +251,7 @@ def _short(
 def cases() -> Iterator[Case]:
     """Every rung of the table, at head sizes that are cut in one, two and three chunks."""
     for dtype, longest, head_dim, causal, uniform in shapes():
-        config = config_for(longest, dtype.itemsize)
+        config = config_for(longest, head_dim, dtype.itemsize)
         label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
         label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
         common = constexprs(head_dim, causal, uniform, 8)

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from .attention_tiles import (
     GRAD_STRIDES,
-    LOG2E,
     LOWEST,
     SIZES,
     STRIDES,
+    Config,
     accumulate,
     config_for,
     constexprs,
@@ -47,8 +47,8 @@ def _scores(
     q0, q1, q2, k0, k1, k2, rows, columns, length, scale,
     IS_CAUSAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores in bits, -inf where a row does not see a column."""
-    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION) * (scale * LOG2E)
+    """Scores, -inf where a row does not see a column."""
+    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION) * scale
     seen = columns < length
     if IS_CAUSAL:
         seen = seen & (columns <= rows)
@@ -102,8 +102,8 @@ def _attention_long_fwd_kernel(
             IS_CAUSAL, D1, D2, PRECISION,
         )  # fmt: skip
         top = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp2(s - top[:, None])
-        alpha = tl.exp2(m_i - top)
+        p = tl.exp(s - top[:, None])
+        alpha = tl.exp(m_i - top)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = top
         v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, HEAD_DIM, D0, D1, D2)
@@ -152,8 +152,8 @@ def _query_block(
         )  # fmt: skip
         dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp2(s - top[:, None])
-        alpha = tl.exp2(m_i - top)
+        p = tl.exp(s - top[:, None])
+        alpha = tl.exp(m_i - top)
         l_i = l_i * alpha + tl.sum(p, 1)
         delta = delta * alpha + tl.sum(p * dp, 1)
         m_i = top
@@ -170,7 +170,7 @@ def _query_block(
             IS_CAUSAL, D1, D2, PRECISION,
         )  # fmt: skip
         dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
-        ds = tl.exp2(s - m_i[:, None]) * by_sum[:, None] * (dp - delta[:, None])
+        ds = tl.exp(s - m_i[:, None]) * by_sum[:, None] * (dp - delta[:, None])
         dq0, dq1, dq2 = accumulate(dq0, dq1, dq2, ds, k0, k1, k2, D1, D2, PRECISION)
     store_rows(
         dq_ptr, offs_m, mask_m, stride_g, dq0 * scale, dq1 * scale, dq2 * scale,
@@ -205,11 +205,11 @@ def _key_block(
         q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, HEAD_DIM, D0, D1, D2)
         do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, HEAD_DIM, D0, D1, D2)
         # [BLOCK_N, BLOCK_M]: rows are keys, so both products below take it from registers
-        s = inner(k0, k1, k2, q0, q1, q2, D1, D2, PRECISION) * (scale * LOG2E)
+        s = inner(k0, k1, k2, q0, q1, q2, D1, D2, PRECISION) * scale
         seen = mask_n[:, None] & mask_m[None, :]
         if IS_CAUSAL:
             seen = seen & (offs_n[:, None] <= offs_m[None, :])
-        p = tl.exp2(s - tl.gather(high, offs_m, 0)[None, :]) * tl.gather(by_sum, offs_m, 0)[None, :]
+        p = tl.exp(s - tl.gather(high, offs_m, 0)[None, :]) * tl.gather(by_sum, offs_m, 0)[None, :]
         p = tl.where(seen, p, 0.0)
         dv0, dv1, dv2 = accumulate(dv0, dv1, dv2, p, do0, do1, do2, D1, D2, PRECISION)
         dp = inner(v0, v1, v2, do0, do1, do2, D1, D2, PRECISION)
@@ -303,15 +303,19 @@ def _attention_long_bwd_kernel(
         )  # fmt: skip
 
 
-def tail_for(max_seqlen: int, block: int, uniform: bool) -> int:
-    """Rows of the block for what is left of one length after full blocks; 0 is none."""
-    left = max_seqlen % block if uniform else 0
+def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
+    """Rows of the block for what is left of one length after full blocks; 0 is none.
+
+    Heads above 80 go without: with the code of a second block they spill on sm_80.
+    """
+    left = max_seqlen % block if uniform and head_dim <= 80 else 0
     return max(16, triton.next_power_of_2(left)) if left else 0
 
 
-def _backward_sizes(max_seqlen: int, itemsize: int, uniform: bool) -> dict[str, int]:
-    config = config_for(max_seqlen, itemsize)
-    tail = tail_for(max_seqlen, config.block_m, uniform)
+def _backward_sizes(
+    config: Config, max_seqlen: int, head_dim: int, uniform: bool
+) -> dict[str, int]:
+    tail = tail_for(max_seqlen, head_dim, config.block_m, uniform)
     most = triton.next_power_of_2(max_seqlen)
     return dict(LMAX=most, BLOCK=config.block_m, STEP=config.block_n, TAIL=tail)
 
@@ -322,7 +326,7 @@ def long_forward(
 ) -> Tensor:  # fmt: skip
     """Fill out [T, H, D], and return it."""
     (total, heads, head_dim), batch = q.shape, cu_seqlens.shape[0] - 1
-    config = config_for(max_seqlen, q.element_size())
+    config = config_for(max_seqlen, head_dim, q.element_size())
     rows, warps = forward_rows(config, q.element_size())
     unit = stride_unit(q, k, v, out)
     if total:
@@ -345,7 +349,7 @@ def long_backward(
 ) -> None:  # fmt: skip
     """Fill grads, of q, k and v."""
     (total, heads, head_dim), batch = q.shape, cu_seqlens.shape[0] - 1
-    config = config_for(max_seqlen, q.element_size())
+    config = config_for(max_seqlen, head_dim, q.element_size())
     uniform = total == batch * max_seqlen
     unit = stride_unit(q, k, v, do, *grads)
     if total:
@@ -355,7 +359,7 @@ def long_backward(
             total, heads, max_seqlen,
             *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
             scale,
-            **_backward_sizes(max_seqlen, q.element_size(), uniform),
+            **_backward_sizes(config, max_seqlen, head_dim, uniform),
             **constexprs(head_dim, causal, uniform, unit),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -365,7 +369,8 @@ def long_cases(
     dtype: torch.dtype, longest: int, label: str, common: dict[str, Any]
 ) -> Iterator[Case]:
     """Both passes of one longest length; common: constexprs(...)."""
-    config = config_for(longest, dtype.itemsize)
+    head_dim = common["HEAD_DIM"]
+    config = config_for(longest, head_dim, dtype.itemsize)
     rows, warps = forward_rows(config, dtype.itemsize)
     yield Case(
         f"forward {label}",
@@ -380,7 +385,7 @@ def long_cases(
         f"backward {label}",
         _attention_long_bwd_kernel,
         signature(dtype, True),
-        common | _backward_sizes(longest, dtype.itemsize, common["UNIFORM"]),
+        common | _backward_sizes(config, longest, head_dim, common["UNIFORM"]),
         config.num_warps,
         config.num_stages,
         unaligned=(*SIZES, *GRAD_STRIDES),

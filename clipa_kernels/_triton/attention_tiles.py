@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, cdiv, pointer
+from .common import cdiv, pointer
 
-LOG2E = tl.constexpr(LOG2_E)
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 SHORT = 64  # tokens of the longest sequence that is one tile; beyond, a loop over keys
 
@@ -29,7 +28,7 @@ class Config:
     num_stages: int
 
 
-def config_for(max_seqlen: int, itemsize: int) -> Config:
+def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tile of the short path (block_m == block_n) or the tiles of the long one."""
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
@@ -40,7 +39,9 @@ def config_for(max_seqlen: int, itemsize: int) -> Config:
         return Config(64, 64, 8 if itemsize == 4 else 4, 1)
     if itemsize == 4:
         return Config(32, 32, 4, 1)  # FMA units: operands come from registers
-    return Config(64, 32, 4, 2)  # wider steps spill in the backward on sm_80
+    if head_dim > 96:
+        return Config(64, 16, 4, 1)  # steps of 32 spill in the backward on sm_80
+    return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
 
 
 def forward_rows(config: Config, itemsize: int) -> tuple[int, int]:

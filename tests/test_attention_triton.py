@@ -191,7 +191,7 @@ def test_compiles_in_one_graph_for_any_number_of_tokens():
     def compiled(qkv, cu_seqlens):
         return varlen_attention_qkvpacked(qkv, cu_seqlens, 9, impl="triton")
 
-    for lengths in ([5, 8], [9, 3, 7], [9, 9], [1, 2, 3, 4]):
+    for lengths in ([5, 8, 1, 0, 7, 2], [9, 3, 7, 4, 4], [9] * 6, [1] * 8):
         qkv, cu_seqlens = inputs(lengths)["qkv"], cu_seqlens_of(lengths)
         mine = gradient(lambda x, c=cu_seqlens: compiled(x, c), qkv)
         plain = gradient(

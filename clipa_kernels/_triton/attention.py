@@ -90,13 +90,13 @@ def _attention_short_fwd_kernel(
         k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
+    # [BLOCK, BLOCK]
+    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     v0, v1, v2 = load_rows(
         v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    # [BLOCK, BLOCK]
-    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
-    p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     o0, o1, o2 = zeros(BLOCK, D0, D1, D2)
     o0, o1, o2 = accumulate(o0, o1, o2, p, v0, v1, v2, D1, D2, PRECISION)
     store_rows(
@@ -148,6 +148,10 @@ def _attention_short_bwd_kernel(
         k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
+    grad = token * stride_gt + head * stride_gh
+    # [BLOCK, BLOCK]
+    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     do0, do1, do2 = load_rows(
         do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
         HEAD_DIM, D0, D1, D2,
@@ -156,10 +160,6 @@ def _attention_short_bwd_kernel(
         v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    grad = token * stride_gt + head * stride_gh
-    # [BLOCK, BLOCK]
-    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
-    p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
     _store_product(
@@ -181,7 +181,7 @@ def forward(
 ) -> Tensor:
     """[T, H, D] in q's dtype, contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if max_seqlen > SHORT:
+    if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
     grid, how = _short(q, k, v, out, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal)
     unit = how["UNIT"]
@@ -210,7 +210,7 @@ def backward(
 ) -> None:
     """Fill grads (of q, k, v; [T, H, D] each, of like strides), as forward's inputs."""
     do = do if do.stride(-1) == 1 else do.contiguous()
-    if max_seqlen > SHORT:
+    if max_seqlen > SHORT[q.element_size()]:
         long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
         return
     grid, how = _short(
@@ -255,7 +255,7 @@ def cases() -> Iterator[Case]:
         label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
         label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
         common = constexprs(head_dim, causal, uniform, 8)
-        if longest > SHORT:
+        if longest > SHORT[dtype.itemsize]:
             yield from long_cases(dtype, longest, label, common)
             continue
         kernels = {"forward": _attention_short_fwd_kernel, "backward": _attention_short_bwd_kernel}

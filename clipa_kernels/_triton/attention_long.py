@@ -30,7 +30,7 @@ from .attention_tiles import (
     accumulate,
     config_for,
     constexprs,
-    forward_rows,
+    forward_config,
     inner,
     load_rows,
     sequence,
@@ -326,19 +326,18 @@ def long_forward(
 ) -> Tensor:  # fmt: skip
     """Fill out [T, H, D], and return it."""
     (total, heads, head_dim), batch = q.shape, cu_seqlens.shape[0] - 1
-    config = config_for(max_seqlen, head_dim, q.element_size())
-    rows, warps = forward_rows(config, q.element_size())
+    config = forward_config(max_seqlen, head_dim, q.element_size())
     unit = stride_unit(q, k, v, out)
     if total:
-        _attention_long_fwd_kernel[(batch * heads * cdiv(max_seqlen, rows),)](
+        _attention_long_fwd_kernel[(batch * heads * cdiv(max_seqlen, config.block_m),)](
             q, k, v, cu_seqlens,
             out,
             total, heads, max_seqlen,
             *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
             scale,
-            BLOCK_M=rows, BLOCK_N=config.block_n,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             **constexprs(head_dim, causal, total == batch * max_seqlen, unit),
-            num_warps=warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
 
@@ -370,17 +369,17 @@ def long_cases(
 ) -> Iterator[Case]:
     """Both passes of one longest length; common: constexprs(...)."""
     head_dim = common["HEAD_DIM"]
-    config = config_for(longest, head_dim, dtype.itemsize)
-    rows, warps = forward_rows(config, dtype.itemsize)
+    config = forward_config(longest, head_dim, dtype.itemsize)
     yield Case(
         f"forward {label}",
         _attention_long_fwd_kernel,
         signature(dtype, False),
-        common | dict(BLOCK_M=rows, BLOCK_N=config.block_n),
-        warps,
+        common | dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
+        config.num_warps,
         config.num_stages,
         unaligned=(*SIZES, *STRIDES),
     )
+    config = config_for(longest, head_dim, dtype.itemsize)
     yield Case(
         f"backward {label}",
         _attention_long_bwd_kernel,

@@ -15,7 +15,9 @@ from torch import Tensor
 from .common import cdiv, pointer
 
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
-SHORT = 64  # tokens of the longest sequence that is one tile; beyond, a loop over keys
+# Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
+# products are made by the FMA units, from registers, which a tile of 32 rows has not got.
+SHORT = {2: 64, 4: 16}
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,26 @@ class Config:
 
 def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tile of the short path (block_m == block_n) or the tiles of the long one."""
+    if itemsize == 4:
+        return Config(16, 16, 2 if max_seqlen <= 16 else 4, 1)  # 32 rows spill on sm_80
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
     if max_seqlen <= 32:
         return Config(32, 32, 2, 1)  # 16 rows a warp
-    if max_seqlen <= SHORT:
-        # 64 rows and 4 warps are what wgmma takes; FMA units want operands in more registers
-        return Config(64, 64, 8 if itemsize == 4 else 4, 1)
-    if itemsize == 4:
-        return Config(32, 32, 4, 1)  # FMA units: operands come from registers
+    if max_seqlen <= SHORT[2]:
+        return Config(64, 64, 4, 1)  # 64 rows and 4 warps are what wgmma takes
+    if head_dim > 112:
+        return Config(64, 32, 8, 1)  # two accumulators of 64 x 128: 4 warps spill on sm_80
     if head_dim > 96:
-        return Config(64, 16, 4, 1)  # steps of 32 spill in the backward on sm_80
+        return Config(64, 16, 4, 1)  # three chunks: steps of 32 spill in the backward on sm_80
     return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
 
 
-def forward_rows(config: Config, itemsize: int) -> tuple[int, int]:
-    """Query rows and warps of a long forward program: more rows read keys and values less often."""
-    return (config.block_m, config.num_warps) if itemsize == 4 else (128, 8)
+def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
+    """The tiles of the long forward."""
+    if itemsize == 4:
+        return config_for(max_seqlen, head_dim, itemsize)
+    return Config(128, 32, 8, 3)  # more rows than backward: keys and values are read less often
 
 
 def chunks(head_dim: int) -> tuple[int, int, int]:
@@ -205,5 +210,4 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
         yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 16, 17, 50, 197))
     yield torch.bfloat16, 77, 64, True, False
     yield torch.float16, 37, 80, True, False
-    yield torch.float32, 50, 80, False, True
-    yield torch.float32, 197, 64, False, True
+    yield from ((torch.float32, n, 80, False, True) for n in (16, 50))

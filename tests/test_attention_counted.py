@@ -97,7 +97,6 @@ def test_new_memory_is_the_result():
 
 
 MACHINE_CODE = """
-import itertools
 from concurrent.futures import ProcessPoolExecutor
 from bench.compiled import compile_case, discovered, table
 
@@ -111,17 +110,22 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(2) as pool:
         rows = list(pool.map(compiled, *zip(*wanted)))
     print(table(rows))
-    assert len(rows) > 100
+    assert len(rows) >= 150
     failed = []
     for row in rows:
         name, shape, dtype, *_ = row.label.split()
         length, size = map(int, shape.split("x"))
         backward, half = name == "backward", dtype != "fp32"
-        ok = row.fits and not row.spill_stores and not row.spill_loads
+        # fp32, on the FMA units: 8 bytes at most
+        ok = row.fits and row.spill_stores + row.spill_loads <= (0 if half else 16)
         if half and length > 32:  # tiles of 64 rows
             ok &= row.tensor_core[{80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[row.arch]] > 0
         if half and length <= 64:
-            ok &= row.blocks_per_sm >= BLOCKS(row.arch, backward, length, size)
+            # Above 88 columns a block's share of an SM is one less: registers on sm_80, shared
+            # memory on sm_90; on sm_100 two fill the tensor memory.
+            wide = size > 88
+            least = {80: 2, 90: 4 - wide, 100: 2} if backward else {80: 4 - wide, 90: 4, 100: 2}
+            ok &= row.blocks_per_sm >= least[row.arch]
         if not ok:
             failed.append(row)
     assert not failed, table(failed)

@@ -51,7 +51,9 @@ def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tiles of the long forward."""
     if itemsize == 4:
         return config_for(max_seqlen, head_dim, itemsize)
-    return Config(128, 32, 8, 3)  # more rows than backward: keys and values are read less often
+    # More rows than backward: keys and values are read less often. Two stages of loads leave two
+    # blocks a processor; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
+    return Config(128, 32, 8, 2 if head_dim > 64 else 1)
 
 
 def chunks(head_dim: int) -> tuple[int, int, int]:
@@ -207,7 +209,8 @@ def signature(dtype: torch.dtype, backward: bool) -> dict[str, str]:
 def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
     """(dtype, longest, head size, causal, uniform) of the cases to compile."""
     for head_dim in (64, 80, 88, 104, 128):
-        yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 16, 17, 50, 197))
+        yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
+    yield torch.bfloat16, 16, 64, False, True
     yield torch.bfloat16, 77, 64, True, False
     yield torch.float16, 37, 80, True, False
     yield from ((torch.float32, n, 80, False, True) for n in (16, 50))

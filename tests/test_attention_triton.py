@@ -11,6 +11,7 @@ from clipa_kernels import (
     varlen_attention_qkvpacked,
     varlen_attention_reference,
 )
+from models.transformer import Attention
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp
@@ -199,6 +200,32 @@ def test_compiles_in_one_graph_for_any_number_of_tokens():
         )
         for a, b in zip(mine, plain, strict=True):
             assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_rows_far_apart_are_copied():
+    """Where a sequence's last row is 2^31 elements from its first; 32 bits reach no further."""
+    tiles = pytest.importorskip("clipa_kernels._triton.attention_tiles")
+    for stride, copied in ((2**25, False), (2**26, True)):
+        apart = torch.empty(40, 1, 16, device="meta").as_strided((40, 1, 16), (stride, 16, 1))
+        assert (tiles.within_reach(apart, 40) is not apart) == copied
+    dense = torch.zeros(40, 1, 16)
+    assert tiles.within_reach(dense.transpose(0, 2), 16).stride(-1) == 1
+
+
+def test_attention_of_the_models_compiles_for_any_number_of_tokens():
+    """Forward and backward of the transformer's block, one graph for all."""
+    block = Attention(32, 2, causal=True, impl="triton")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter, dynamic=True)
+    for lengths in ([5, 8, 1, 0, 7, 2], [9, 3, 7, 4, 4], [9] * 6):
+        x, cu_seqlens = torch.randn(sum(lengths), 32), cu_seqlens_of(lengths)
+        results = []
+        for module in (compiled, block):
+            block.zero_grad()
+            module(x, cu_seqlens, 9).sin().sum().backward()
+            results.append(block.in_proj_weight.grad.clone())
+        torch.testing.assert_close(*results)
     assert counter.frame_count == 1
 
 

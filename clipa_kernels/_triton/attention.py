@@ -37,6 +37,7 @@ from .attention_tiles import (
     signature,
     store_rows,
     stride_unit,
+    within_reach,
     zeros,
 )
 from .common import Case, cdiv, pointer
@@ -180,6 +181,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
     """[T, H, D] in q's dtype, contiguous."""
+    q, k, v = (within_reach(t, max_seqlen) for t in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
@@ -209,7 +211,7 @@ def backward(
     scale: float,
 ) -> None:
     """Fill grads (of q, k, v; [T, H, D] each, of like strides), as forward's inputs."""
-    do = do if do.stride(-1) == 1 else do.contiguous()
+    do, q, k, v = (within_reach(t, max_seqlen) for t in (do, q, k, v))
     if max_seqlen > SHORT[q.element_size()]:
         long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
         return

@@ -170,6 +170,13 @@ def accumulate(
     return x0, x1, x2
 
 
+def within_reach(x: Tensor, max_seqlen: int) -> Tensor:
+    """Dense columns, and rows near enough that offsets in a sequence have 32 bits, which takes
+    half the registers; others are copied."""
+    near = x.stride(-1) == 1 and abs(x.stride(0)) * max_seqlen < 2**31
+    return x if near else x.contiguous()
+
+
 def stride_unit(*tensors: Tensor) -> int:
     """8 where all strides of rows and heads divide by it: then rows are known to be aligned."""
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:2]) else 1

@@ -13,6 +13,11 @@ from .attention import (
     varlen_attention_qkvpacked,
     varlen_attention_reference,
 )
+from .attention_interfaces import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    varlen_attention_forward,
+)
 from .contrastive import (
     ClipLoss,
     SigLipLoss,
@@ -55,6 +60,8 @@ __all__ = [
     "contrastive_loss",
     "contrastive_loss_reference",
     "cu_seqlens_of",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
     "grid_patches",
     "keep_count",
     "pack",
@@ -70,6 +77,7 @@ __all__ = [
     "truncate_text",
     "unpack",
     "varlen_attention",
+    "varlen_attention_forward",
     "varlen_attention_qkvpacked",
     "varlen_attention_reference",
 ]

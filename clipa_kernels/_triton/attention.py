@@ -1,0 +1,274 @@
+"""Attention of packed sequences on a GPU: one launch each way, and nothing kept between.
+
+    short   (longest at most 64) a program holds one sequence of one head in a tile of 16, 32 or
+            64 rows, or several of 8 tokens and fewer under a block-diagonal mask. Softmax needs no
+            rescaling. The backward makes scores and statistics again, rowsum(P * dP) instead of
+            rowsum(O * dO), so q, k, v and dO are read once and each gradient is written once.
+    long    see attention_long.py
+
+Short attention is bound by memory, L / 2 operations a byte, so the empty part of a tile is nearly
+free. q, k, v are read where they lie, by strides, and gradients are written likewise: packed
+[T, 3, H, D] products are never taken apart. No atomics, no
+scratch, no order that could change.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_long import long_backward, long_cases, long_forward
+from .attention_tiles import (
+    GRAD_STRIDES,
+    LOWEST,
+    SHORT,
+    SIZES,
+    STRIDES,
+    accumulate,
+    config_for,
+    constexprs,
+    inner,
+    load_rows,
+    sequence,
+    shapes,
+    signature,
+    store_rows,
+    stride_unit,
+    within_reach,
+    zeros,
+)
+from .common import Case, cdiv, pointer
+
+
+@triton.jit
+def _probabilities(
+    s, offs, length, max_seqlen, scale,
+    PACK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """softmax(scale * s) along keys, zero in rows beyond the length: [BLOCK, BLOCK]."""
+    rows = offs[:, None]
+    columns = offs[None, :]
+    seen = columns < length
+    if PACK > 1:
+        seen = seen & (rows // max_seqlen == columns // max_seqlen)
+    if IS_CAUSAL:
+        seen = seen & (columns <= rows)
+    s = tl.where(seen, s * scale, -float("inf"))
+    high = tl.maximum(tl.max(s, 1), LOWEST)
+    p = tl.exp(s - high[:, None])
+    # The largest is 1, so a sum below 1 is that of a row without keys.
+    return p * (1.0 / tl.maximum(tl.sum(p, 1), 1.0))[:, None]
+
+
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+def _attention_short_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr,
+    o_ptr,
+    T, H, max_seqlen,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    scale,
+    UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of one tile; strides in UNIT elements."""
+    head = (tl.program_id(0) % H).to(tl.int64) * UNIT
+    first, length = sequence(
+        cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
+    )
+    token = first * UNIT
+    offs_m = tl.arange(0, BLOCK)
+    mask_m = offs_m < length
+    # [BLOCK, D] in chunks
+    q0, q1, q2 = load_rows(
+        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    k0, k1, k2 = load_rows(
+        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    # [BLOCK, BLOCK]
+    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
+    v0, v1, v2 = load_rows(
+        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    o0, o1, o2 = zeros(BLOCK, D0, D1, D2)
+    o0, o1, o2 = accumulate(o0, o1, o2, p, v0, v1, v2, D1, D2, PRECISION)
+    store_rows(
+        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
+        o0, o1, o2, HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_product(
+    ptr, offs_m, mask_m, stride, factor, p, b0, b1, b2,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write factor * p @ b."""
+    x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
+    x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
+    store_rows(
+        ptr, offs_m, mask_m, stride, x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2
+    )
+
+
+@triton.jit(do_not_specialize=[*SIZES, *GRAD_STRIDES])
+def _attention_short_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, do_ptr,
+    dq_ptr, dk_ptr, dv_ptr,
+    T, H, max_seqlen,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_gt, stride_gh,
+    scale,
+    UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of one tile; strides in UNIT elements, those of the three gradients alike."""
+    head = (tl.program_id(0) % H).to(tl.int64) * UNIT
+    first, length = sequence(
+        cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
+    )
+    token = first * UNIT
+    offs_m = tl.arange(0, BLOCK)
+    mask_m = offs_m < length
+    # [BLOCK, D] in chunks
+    q0, q1, q2 = load_rows(
+        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    k0, k1, k2 = load_rows(
+        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    grad = token * stride_gt + head * stride_gh
+    # [BLOCK, BLOCK]
+    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
+    do0, do1, do2 = load_rows(
+        do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    v0, v1, v2 = load_rows(
+        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
+    _store_product(
+        dv_ptr + grad, offs_m, mask_m, stride_gt * UNIT, 1.0, tl.trans(p.to(q0.dtype)),
+        do0, do1, do2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+    )  # fmt: skip
+    _store_product(
+        dq_ptr + grad, offs_m, mask_m, stride_gt * UNIT, scale, ds,
+        k0, k1, k2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+    )  # fmt: skip
+    _store_product(
+        dk_ptr + grad, offs_m, mask_m, stride_gt * UNIT, scale, tl.trans(ds),
+        q0, q1, q2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> Tensor:
+    """[T, H, D] in q's dtype, contiguous."""
+    q, k, v = (within_reach(t, max_seqlen) for t in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if max_seqlen > SHORT[q.element_size()]:
+        return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
+    grid, how = _short(q, k, v, out, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal)
+    unit = how["UNIT"]
+    if grid:
+        _attention_short_fwd_kernel[(grid,)](
+            q, k, v, cu_seqlens,
+            out,
+            q.shape[0], q.shape[1], max_seqlen,
+            *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
+            scale,
+            **how,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> None:
+    """Fill grads (of q, k, v; [T, H, D] each, of like strides), as forward's inputs."""
+    do, q, k, v = (within_reach(t, max_seqlen) for t in (do, q, k, v))
+    if max_seqlen > SHORT[q.element_size()]:
+        long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
+        return
+    grid, how = _short(
+        do, q, k, v, *grads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
+    )
+    unit = how["UNIT"]
+    if grid:
+        _attention_short_bwd_kernel[(grid,)](
+            q, k, v, cu_seqlens, do,
+            *grads,
+            q.shape[0], q.shape[1], max_seqlen,
+            *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
+            scale,
+            **how,
+        )  # fmt: skip
+
+
+def pack_for(max_seqlen: int, uniform: bool) -> int:
+    """Sequences of one length that share a tile of 16 rows."""
+    return 16 // max_seqlen if uniform and 0 < max_seqlen <= 8 else 1
+
+
+def _short(
+    *tensors: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> tuple[int, dict[str, Any]]:
+    """Programs, and the constants and staff of either short kernel."""
+    x = tensors[0]
+    batch = cu_seqlens.shape[0] - 1
+    uniform = x.shape[0] == batch * max_seqlen
+    config = config_for(max_seqlen, x.shape[2], x.element_size())
+    pack = pack_for(max_seqlen, uniform)
+    how = constexprs(x.shape[2], causal, uniform, stride_unit(*tensors))
+    how |= dict(PACK=pack, BLOCK=config.block_m)
+    how |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return cdiv(batch, pack) * x.shape[1] if x.shape[0] else 0, how
+
+
+def cases() -> Iterator[Case]:
+    """Every rung of the table, at head sizes that are cut in one, two and three chunks."""
+    for dtype, longest, head_dim, causal, uniform in shapes():
+        config = config_for(longest, head_dim, dtype.itemsize)
+        label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
+        label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
+        common = constexprs(head_dim, causal, uniform, 8)
+        if longest > SHORT[dtype.itemsize]:
+            yield from long_cases(dtype, longest, label, common)
+            continue
+        kernels = {"forward": _attention_short_fwd_kernel, "backward": _attention_short_bwd_kernel}
+        for name, kernel in kernels.items():
+            backward = name == "backward"
+            yield Case(
+                f"{name} {label}",
+                kernel,
+                signature(dtype, backward),
+                common | dict(PACK=pack_for(longest, uniform), BLOCK=config.block_m),
+                config.num_warps,
+                config.num_stages,
+                unaligned=(*SIZES, *(GRAD_STRIDES if backward else STRIDES)),
+            )

@@ -1,0 +1,391 @@
+"""Sequences of 65 to 1024 tokens: a loop over keys forward, and a backward of one launch.
+
+    forward     a program holds a block of queries and walks the keys; softmax is rescaled as it
+                goes (Milakov and Gimelshein, arXiv:1805.02867)
+    backward    a program holds one sequence of one head and walks its blocks twice. First blocks
+                of queries: over all keys the maximum, the sum and rowsum(P * dP), then again over
+                all keys dQ. Then blocks of keys: over all queries dK and dV. The three numbers of
+                a query stay in registers from the first walk to the second.
+
+9 products backward where one that saves its statistics makes 7: nothing is kept from the forward,
+no gradient is added to in memory, and the order of every sum is fixed. The rows beyond the last
+full block of 64 are a block of their own size, TAIL, where all sequences are of one length: 197
+tokens are 192 + 16 rows, not 256.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tiles import (
+    GRAD_STRIDES,
+    LOWEST,
+    SIZES,
+    STRIDES,
+    Config,
+    accumulate,
+    config_for,
+    constexprs,
+    forward_config,
+    inner,
+    load_rows,
+    sequence,
+    signature,
+    store_rows,
+    stride_unit,
+    zeros,
+)
+from .common import Case, cdiv
+
+
+@triton.jit
+def _scores(
+    q0, q1, q2, k0, k1, k2, rows, columns, length, scale,
+    IS_CAUSAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores, -inf where a row does not see a column."""
+    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION) * scale
+    seen = columns < length
+    if IS_CAUSAL:
+        seen = seen & (columns <= rows)
+    return tl.where(seen, s, -float("inf"))
+
+
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+def _attention_long_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr,
+    o_ptr,
+    T, H, max_seqlen,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    scale,
+    UNIFORM: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of one block of queries; strides in UNIT elements."""
+    blocks = tl.cdiv(max_seqlen, BLOCK_M)
+    start_m = tl.program_id(0) % blocks * BLOCK_M
+    head = (tl.program_id(0) // blocks % H).to(tl.int64) * UNIT
+    index = (tl.program_id(0) // blocks // H).to(tl.int64)
+    first, length = sequence(cu_seqlens_ptr, index, T, max_seqlen, UNIFORM, 1)
+    token = first * UNIT
+    k_ptr += token * stride_kt + head * stride_kh
+    v_ptr += token * stride_vt + head * stride_vh
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < length
+    # [BLOCK_M, D] in chunks
+    q0, q1, q2 = load_rows(
+        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    o0, o1, o2 = zeros(BLOCK_M, D0, D1, D2)
+    m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    end = length
+    if IS_CAUSAL:
+        end = tl.minimum(length, start_m + BLOCK_M)
+    if start_m >= length:
+        end = 0
+    for start_n in range(0, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        # [BLOCK_N, D] in chunks
+        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, HEAD_DIM, D0, D1, D2)
+        # [BLOCK_M, BLOCK_N]
+        s = _scores(
+            q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
+            IS_CAUSAL, D1, D2, PRECISION,
+        )  # fmt: skip
+        top = tl.maximum(m_i, tl.max(s, 1))
+        p = tl.exp(s - top[:, None])
+        alpha = tl.exp(m_i - top)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = top
+        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, HEAD_DIM, D0, D1, D2)
+        alpha = alpha[:, None]
+        o0, o1, o2 = accumulate(
+            o0 * alpha, o1 * alpha, o2 * alpha, p, v0, v1, v2, D1, D2, PRECISION
+        )
+    # The largest counted as 1, so a sum below 1 is that of a row beyond the length.
+    by_sum = (1.0 / tl.maximum(l_i, 1.0))[:, None]
+    store_rows(
+        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
+        o0 * by_sum, o1 * by_sum, o2 * by_sum, HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _query_block(
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
+    start_m, length, stride_q, stride_k, stride_v, stride_o, stride_g, scale,
+    IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes dq of a block of queries; returns their maximum, 1 / sum, and rowsum(P * dP)."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < length
+    # [BLOCK_M, D] in chunks
+    q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, HEAD_DIM, D0, D1, D2)
+    do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, HEAD_DIM, D0, D1, D2)
+    m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+    end = length
+    if IS_CAUSAL:
+        end = tl.minimum(length, start_m + BLOCK_M)
+    for start_n in range(0, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        # [BLOCK_N, D] in chunks
+        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, HEAD_DIM, D0, D1, D2)
+        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, HEAD_DIM, D0, D1, D2)
+        # [BLOCK_M, BLOCK_N]
+        s = _scores(
+            q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
+            IS_CAUSAL, D1, D2, PRECISION,
+        )  # fmt: skip
+        dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
+        top = tl.maximum(m_i, tl.max(s, 1))
+        p = tl.exp(s - top[:, None])
+        alpha = tl.exp(m_i - top)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        delta = delta * alpha + tl.sum(p * dp, 1)
+        m_i = top
+    by_sum = 1.0 / tl.maximum(l_i, 1.0)
+    delta = delta * by_sum
+    dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
+    for start_n in range(0, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, HEAD_DIM, D0, D1, D2)
+        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, HEAD_DIM, D0, D1, D2)
+        s = _scores(
+            q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
+            IS_CAUSAL, D1, D2, PRECISION,
+        )  # fmt: skip
+        dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
+        ds = tl.exp(s - m_i[:, None]) * by_sum[:, None] * (dp - delta[:, None])
+        dq0, dq1, dq2 = accumulate(dq0, dq1, dq2, ds, k0, k1, k2, D1, D2, PRECISION)
+    store_rows(
+        dq_ptr, offs_m, mask_m, stride_g, dq0 * scale, dq1 * scale, dq2 * scale,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    return m_i, by_sum, delta
+
+
+@triton.jit
+def _key_block(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
+    start_n, length, stride_q, stride_k, stride_v, stride_o, stride_g, scale,
+    IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes dk and dv of a block of BLOCK_N keys; high, by_sum, delta: those of all queries."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < length
+    # [BLOCK_N, D] in chunks
+    k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, HEAD_DIM, D0, D1, D2)
+    v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, HEAD_DIM, D0, D1, D2)
+    dk0, dk1, dk2 = zeros(BLOCK_N, D0, D1, D2)
+    dv0, dv1, dv2 = zeros(BLOCK_N, D0, D1, D2)
+    begin = 0
+    if IS_CAUSAL:
+        begin = start_n // BLOCK_M * BLOCK_M
+    for start_m in range(begin, length, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < length
+        # [BLOCK_M, D] in chunks
+        q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, HEAD_DIM, D0, D1, D2)
+        do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, HEAD_DIM, D0, D1, D2)
+        # [BLOCK_N, BLOCK_M]: rows are keys, so both products below take it from registers
+        s = inner(k0, k1, k2, q0, q1, q2, D1, D2, PRECISION) * scale
+        seen = mask_n[:, None] & mask_m[None, :]
+        if IS_CAUSAL:
+            seen = seen & (offs_n[:, None] <= offs_m[None, :])
+        p = tl.exp(s - tl.gather(high, offs_m, 0)[None, :]) * tl.gather(by_sum, offs_m, 0)[None, :]
+        p = tl.where(seen, p, 0.0)
+        dv0, dv1, dv2 = accumulate(dv0, dv1, dv2, p, do0, do1, do2, D1, D2, PRECISION)
+        dp = inner(v0, v1, v2, do0, do1, do2, D1, D2, PRECISION)
+        ds = p * (dp - tl.gather(delta, offs_m, 0)[None, :])
+        dk0, dk1, dk2 = accumulate(dk0, dk1, dk2, ds, q0, q1, q2, D1, D2, PRECISION)
+    store_rows(
+        dk_ptr, offs_n, mask_n, stride_g, dk0 * scale, dk1 * scale, dk2 * scale,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
+    store_rows(dv_ptr, offs_n, mask_n, stride_g, dv0, dv1, dv2, HEAD_DIM, D0, D1, D2)
+
+
+@triton.jit
+def _put(all_rows, start, block, LMAX: tl.constexpr, BLOCK: tl.constexpr):
+    """all_rows [LMAX] with block [BLOCK] at start."""
+    place = tl.arange(0, LMAX) - start
+    here = (place >= 0) & (place < BLOCK)
+    return tl.where(here, tl.gather(block, tl.where(here, place, 0), 0), all_rows)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *GRAD_STRIDES])
+def _attention_long_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, do_ptr,
+    dq_ptr, dk_ptr, dv_ptr,
+    T, H, max_seqlen,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_gt, stride_gh,
+    scale,
+    UNIFORM: tl.constexpr, IS_CAUSAL: tl.constexpr, LMAX: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of one sequence and head; strides in UNIT elements, gradients' alike.
+
+    BLOCK rows stay while STEP rows pass by; the last max_seqlen % BLOCK rows in a block of TAIL,
+    which is 0 where lengths differ.
+    """
+    head = (tl.program_id(0) % H).to(tl.int64) * UNIT
+    first, length = sequence(
+        cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, 1
+    )
+    token = first * UNIT
+    q_ptr += token * stride_qt + head * stride_qh
+    k_ptr += token * stride_kt + head * stride_kh
+    v_ptr += token * stride_vt + head * stride_vh
+    do_ptr += token * stride_ot + head * stride_oh
+    grad = token * stride_gt + head * stride_gh
+    dq_ptr += grad
+    dk_ptr += grad
+    dv_ptr += grad
+    high = tl.zeros([LMAX], dtype=tl.float32)
+    by_sum = tl.zeros([LMAX], dtype=tl.float32)
+    delta = tl.zeros([LMAX], dtype=tl.float32)
+    full = length
+    if TAIL > 0:
+        full = length // BLOCK * BLOCK
+    for start_m in range(0, full, BLOCK):
+        m_i, l_i, d_i = _query_block(
+            q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
+            start_m, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
+            stride_ot * UNIT, stride_gt * UNIT, scale,
+            IS_CAUSAL, BLOCK, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
+        )  # fmt: skip
+        high = _put(high, start_m, m_i, LMAX, BLOCK)
+        by_sum = _put(by_sum, start_m, l_i, LMAX, BLOCK)
+        delta = _put(delta, start_m, d_i, LMAX, BLOCK)
+    if TAIL > 0:
+        m_i, l_i, d_i = _query_block(
+            q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
+            full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
+            stride_ot * UNIT, stride_gt * UNIT, scale,
+            IS_CAUSAL, TAIL, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
+        )  # fmt: skip
+        high = _put(high, full, m_i, LMAX, TAIL)
+        by_sum = _put(by_sum, full, l_i, LMAX, TAIL)
+        delta = _put(delta, full, d_i, LMAX, TAIL)
+    for start_n in range(0, full, BLOCK):
+        _key_block(
+            q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
+            start_n, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
+            stride_ot * UNIT, stride_gt * UNIT, scale,
+            IS_CAUSAL, STEP, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+        )  # fmt: skip
+    if TAIL > 0:
+        _key_block(
+            q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
+            full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
+            stride_ot * UNIT, stride_gt * UNIT, scale,
+            IS_CAUSAL, STEP, TAIL, HEAD_DIM, D0, D1, D2, PRECISION,
+        )  # fmt: skip
+
+
+def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
+    """Rows of the block for what is left of one length after full blocks; 0 is none.
+
+    Heads above 80 go without: with the code of a second block they spill on sm_80.
+    """
+    left = max_seqlen % block if uniform and head_dim <= 80 else 0
+    return max(16, triton.next_power_of_2(left)) if left else 0
+
+
+def _backward_sizes(
+    config: Config, max_seqlen: int, head_dim: int, uniform: bool
+) -> dict[str, int]:
+    tail = tail_for(max_seqlen, head_dim, config.block_m, uniform)
+    most = triton.next_power_of_2(max_seqlen)
+    return dict(LMAX=most, BLOCK=config.block_m, STEP=config.block_n, TAIL=tail)
+
+
+def long_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor,
+    max_seqlen: int, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """Fill out [T, H, D], and return it."""
+    (total, heads, head_dim), batch = q.shape, cu_seqlens.shape[0] - 1
+    config = forward_config(max_seqlen, head_dim, q.element_size())
+    unit = stride_unit(q, k, v, out)
+    if total:
+        _attention_long_fwd_kernel[(batch * heads * cdiv(max_seqlen, config.block_m),)](
+            q, k, v, cu_seqlens,
+            out,
+            total, heads, max_seqlen,
+            *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
+            scale,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            **constexprs(head_dim, causal, total == batch * max_seqlen, unit),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def long_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], max_seqlen: int, causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Fill grads, of q, k and v."""
+    (total, heads, head_dim), batch = q.shape, cu_seqlens.shape[0] - 1
+    config = config_for(max_seqlen, head_dim, q.element_size())
+    uniform = total == batch * max_seqlen
+    unit = stride_unit(q, k, v, do, *grads)
+    if total:
+        _attention_long_bwd_kernel[(batch * heads,)](
+            q, k, v, cu_seqlens, do,
+            *grads,
+            total, heads, max_seqlen,
+            *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
+            scale,
+            **_backward_sizes(config, max_seqlen, head_dim, uniform),
+            **constexprs(head_dim, causal, uniform, unit),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
+def long_cases(
+    dtype: torch.dtype, longest: int, label: str, common: dict[str, Any]
+) -> Iterator[Case]:
+    """Both passes of one longest length; common: constexprs(...)."""
+    head_dim = common["HEAD_DIM"]
+    config = forward_config(longest, head_dim, dtype.itemsize)
+    yield Case(
+        f"forward {label}",
+        _attention_long_fwd_kernel,
+        signature(dtype, False),
+        common | dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
+        config.num_warps,
+        config.num_stages,
+        unaligned=(*SIZES, *STRIDES),
+    )
+    config = config_for(longest, head_dim, dtype.itemsize)
+    yield Case(
+        f"backward {label}",
+        _attention_long_bwd_kernel,
+        signature(dtype, True),
+        common | _backward_sizes(config, longest, head_dim, common["UNIFORM"]),
+        config.num_warps,
+        config.num_stages,
+        unaligned=(*SIZES, *GRAD_STRIDES),
+    )

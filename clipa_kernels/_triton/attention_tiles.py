@@ -1,0 +1,223 @@
+"""A tile of rows of one head: its size, how a head size is cut, and its products; for all passes.
+
+A head of D columns is at most three chunks of a power of two: 80 = 64 + 16, 104 = 64 + 32 + 16 of
+which 8 are masked. Padding to a power of two would multiply 128 columns for 80.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import cdiv, pointer
+
+LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
+# Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
+# products are made by the FMA units, from registers, which a tile of 32 rows has not got.
+SHORT = {2: 64, 4: 16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows that stay and rows that pass by in a loop, and how a program is staffed."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
+    """The tile of the short path (block_m == block_n) or the tiles of the long one."""
+    if itemsize == 4:
+        return Config(16, 16, 2 if max_seqlen <= 16 else 4, 1)  # 32 rows spill on sm_80
+    if max_seqlen <= 16:
+        return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
+    if max_seqlen <= 32:
+        return Config(32, 32, 2, 1)  # 16 rows a warp
+    if max_seqlen <= SHORT[2]:
+        return Config(64, 64, 4, 1)  # 64 rows and 4 warps are what wgmma takes
+    if head_dim > 112:
+        return Config(64, 32, 8, 1)  # two accumulators of 64 x 128: 4 warps spill on sm_80
+    if head_dim > 96:
+        return Config(64, 16, 4, 1)  # three chunks: steps of 32 spill in the backward on sm_80
+    return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
+
+
+def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
+    """The tiles of the long forward."""
+    if itemsize == 4:
+        return config_for(max_seqlen, head_dim, itemsize)
+    # More rows than backward: keys and values are read less often. Two stages of loads leave two
+    # blocks a processor; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
+    return Config(128, 32, 8, 2 if head_dim > 64 else 1)
+
+
+def chunks(head_dim: int) -> tuple[int, int, int]:
+    """The powers of two whose sum is the head size, rounded up to a multiple of 16.
+
+    >>> chunks(80), chunks(88), chunks(104), chunks(128)
+    ((64, 16, 0), (64, 32, 0), (64, 32, 16), (128, 0, 0))
+    """
+    padded = cdiv(head_dim, 16) * 16
+    bits = [bit for bit in (128, 64, 32, 16) if padded & bit]
+    return tuple([*bits, 0, 0][:3])
+
+
+@triton.jit
+def sequence(
+    cu_seqlens_ptr, index, T, max_seqlen,
+    UNIFORM: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """(first row, rows) of one sequence, or of PACK of one length end to end."""
+    if UNIFORM:
+        first = index * PACK * max_seqlen
+        length = tl.minimum(T - first, PACK * max_seqlen).to(tl.int32)
+    else:
+        first = tl.load(cu_seqlens_ptr + index)
+        length = tl.minimum(tl.load(cu_seqlens_ptr + index + 1) - first, max_seqlen)
+        first = first.to(tl.int64)
+    return first, length
+
+
+@triton.jit
+def _chunk(
+    ptr, offs_m, mask_m, stride,
+    START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask of rows x columns START to START + WIDTH, [rows, WIDTH]."""
+    offs_d = START + tl.arange(0, WIDTH)
+    mask = tl.broadcast_to(mask_m[:, None], (mask_m.shape[0], WIDTH))
+    if START + WIDTH > HEAD_DIM:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    return ptr + (offs_m[:, None] * stride + offs_d[None, :]), mask
+
+
+@triton.jit
+def load_rows(
+    ptr, offs_m, mask_m, stride,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Rows of a head in chunks; a chunk of no columns is the first again, and is never used."""
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, 0, D0, HEAD_DIM)
+    x0 = tl.load(ptrs, mask=mask, other=0.0)
+    x1 = x0
+    x2 = x0
+    if D1 > 0:
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0, D1, HEAD_DIM)
+        x1 = tl.load(ptrs, mask=mask, other=0.0)
+    if D2 > 0:
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0 + D1, D2, HEAD_DIM)
+        x2 = tl.load(ptrs, mask=mask, other=0.0)
+    return x0, x1, x2
+
+
+@triton.jit
+def store_rows(
+    ptr, offs_m, mask_m, stride, x0, x1, x2,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Write chunks in the dtype of the pointer: the one cast."""
+    dtype = ptr.dtype.element_ty
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, 0, D0, HEAD_DIM)
+    tl.store(ptrs, x0.to(dtype), mask=mask)
+    if D1 > 0:
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0, D1, HEAD_DIM)
+        tl.store(ptrs, x1.to(dtype), mask=mask)
+    if D2 > 0:
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0 + D1, D2, HEAD_DIM)
+        tl.store(ptrs, x2.to(dtype), mask=mask)
+
+
+@triton.jit
+def inner(
+    a0, a1, a2, b0, b1, b2,
+    D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a @ b.T over all chunks, fp32."""
+    acc = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if D1 > 0:
+        acc = tl.dot(a1, tl.trans(b1), acc, input_precision=PRECISION)
+    if D2 > 0:
+        acc = tl.dot(a2, tl.trans(b2), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Accumulators [ROWS, chunk]; of a chunk without columns, as small as can be."""
+    W1: tl.constexpr = D1 if D1 > 0 else 1
+    W2: tl.constexpr = D2 if D2 > 0 else 1
+    x0 = tl.zeros([ROWS, D0], dtype=tl.float32)
+    return x0, tl.zeros([ROWS, W1], dtype=tl.float32), tl.zeros([ROWS, W2], dtype=tl.float32)
+
+
+@triton.jit
+def accumulate(
+    x0, x1, x2, p, b0, b1, b2,
+    D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x + p @ b by chunks, p rounded to b's dtype."""
+    p = p.to(b0.dtype)
+    x0 = tl.dot(p, b0, x0, input_precision=PRECISION)
+    if D1 > 0:
+        x1 = tl.dot(p, b1, x1, input_precision=PRECISION)
+    if D2 > 0:
+        x2 = tl.dot(p, b2, x2, input_precision=PRECISION)
+    return x0, x1, x2
+
+
+def within_reach(x: Tensor, max_seqlen: int) -> Tensor:
+    """Dense columns, and rows near enough that offsets in a sequence have 32 bits, which takes
+    half the registers; others are copied."""
+    near = x.stride(-1) == 1 and abs(x.stride(0)) * max_seqlen < 2**31
+    return x if near else x.contiguous()
+
+
+def stride_unit(*tensors: Tensor) -> int:
+    """8 where all strides of rows and heads divide by it: then rows are known to be aligned."""
+    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:2]) else 1
+
+
+def constexprs(head_dim: int, causal: bool, uniform: bool, unit: int) -> dict[str, object]:
+    """Those that all kernels share."""
+    highest = torch.get_float32_matmul_precision() == "highest"
+    d0, d1, d2 = chunks(head_dim)
+    return dict(
+        UNIFORM=uniform,
+        IS_CAUSAL=causal,
+        HEAD_DIM=head_dim,
+        D0=d0,
+        D1=d1,
+        D2=d2,
+        UNIT=unit,
+        PRECISION="ieee" if highest else "tf32",
+    )
+
+
+SIZES = ("T", "H", "max_seqlen")
+STRIDES = ("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh")
+STRIDES += ("stride_ot", "stride_oh")
+GRAD_STRIDES = (*STRIDES, "stride_gt", "stride_gh")
+
+
+def signature(dtype: torch.dtype, backward: bool) -> dict[str, str]:
+    """Types of the run-time arguments of the kernels of a pass."""
+    names = ["q_ptr", "k_ptr", "v_ptr"]
+    names += ["do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"] if backward else ["o_ptr"]
+    pointers = dict.fromkeys(names, pointer(dtype)) | dict(cu_seqlens_ptr="*i32")
+    numbers = dict.fromkeys((*SIZES, *(GRAD_STRIDES if backward else STRIDES)), "i32")
+    return pointers | numbers | dict(scale="fp32")
+
+
+def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
+    """(dtype, longest, head size, causal, uniform) of the cases to compile."""
+    for head_dim in (64, 80, 88, 104, 128):
+        yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
+    yield torch.bfloat16, 16, 64, False, True
+    yield torch.bfloat16, 77, 64, True, False
+    yield torch.float16, 37, 80, True, False
+    yield from ((torch.float32, n, 80, False, True) for n in (16, 50))

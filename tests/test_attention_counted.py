@@ -1,0 +1,144 @@
+"""What attention asks of a GPU, counted without one: operations, bytes, launches, machine code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.counted import counted
+from clipa_kernels import cu_seqlens_of, varlen_attention, varlen_attention_qkvpacked
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp
+
+
+def kernels(count):
+    launches = [launch for launch in count.launches if "kernel" in launch.kernel]
+    for launch in launches:
+        assert (launch.hazards, launch.out_of_bounds, launch.atomics) == (0, 0, 0), launch
+    return launches
+
+
+def passes(lengths, heads, size, causal=False):
+    """(forward, backward) as counted, on the packed product."""
+    qkv = torch.randn(sum(lengths), 3, heads, size).half().requires_grad_()
+    cu_seqlens = cu_seqlens_of(lengths)
+    with counted() as forward:
+        out = varlen_attention_qkvpacked(
+            qkv, cu_seqlens, max(lengths), causal=causal, impl="triton"
+        )
+    d_out = torch.randn(out.shape).half()
+    with counted() as backward:
+        torch.autograd.grad(out, qkv, d_out)
+    assert backward.total().launches == 1
+    return *kernels(forward), *kernels(backward)
+
+
+# length, head size: operations issued over useful, and of both passes bytes requested over least.
+TABLE = {
+    (8, 64): (2.0, 1.0),
+    (17, 64): (4.0, 1.0),
+    (37, 80): (3.0, 1.0),
+    (50, 64): (2.0, 1.0),
+    (65, 80): (4.0, 2.8),
+    (197, 64): (2.2, 3.5),
+}
+
+
+@pytest.mark.parametrize(("row", "most"), TABLE.items(), ids=str)
+def test_operations_and_bytes(row, most):
+    """Useful: 2 products forward, 5 backward. Least bytes: q, k, v, o; q, k, v, dO, dq, dk, dv."""
+    (length, size), batch, heads = row, 2, 16
+    forward, backward = passes([length] * batch, heads, size)
+    product = 2 * length * length * size * batch * heads
+    tensor = 2 * length * batch * heads * size
+    assert forward.flops <= most[0] * 2 * product
+    assert backward.flops <= most[0] * 5 * product
+    assert forward.unique <= 1.01 * 4 * tensor
+    assert backward.unique <= 1.01 * 7 * tensor
+    assert forward.requested + backward.requested <= 1.001 * most[1] * 11 * tensor
+
+
+@pytest.mark.parametrize("lengths", [[5] * 7, [17, 0, 30, 1], [66, 3, 81]], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_ragged_tiles_stay_inside(lengths, causal):
+    """Odd sizes: no access outside a tensor, none that depends on the order of programs."""
+    forward, backward = passes(lengths, 1, 24, causal)
+    tensor, looked_up = 2 * sum(lengths) * 24, 4 * (len(lengths) + 1)
+    assert forward.unique <= 4 * tensor + looked_up
+    assert backward.unique <= 7 * tensor + looked_up
+
+
+def test_separate_tensors_are_not_copied():
+    q, k, v = (torch.randn(40, 2, 16).half().requires_grad_() for _ in "qkv")
+    out = varlen_attention(q, k, v, cu_seqlens_of([20, 20]), 20, impl="triton")
+    d_out = torch.randn(out.shape).half()
+    with counted() as backward:
+        torch.autograd.grad(out, (q, k, v), d_out)
+    assert backward.total().launches == len(kernels(backward)) == 1
+    assert backward.new_bytes == 3 * q.nbytes
+
+
+def test_new_memory_is_the_result():
+    """No scratch, no padding: the output forward, the packed gradient backward."""
+    qkv = torch.randn(101, 3, 2, 16).half().requires_grad_()
+    op = torch.ops.clipa.varlen_attention_qkvpacked
+    cu_seqlens = cu_seqlens_of([20, 0, 81])
+    with counted() as forward:
+        out = op(qkv, cu_seqlens, 81, False, 0.25, True)
+    d_out = torch.randn(out.shape).half()
+    with counted() as backward:
+        torch.autograd.grad(out, qkv, d_out)
+    assert forward.new_bytes == out.nbytes and forward.total().launches == 1
+    assert backward.new_bytes == qkv.nbytes and backward.total().launches == 1
+
+
+MACHINE_CODE = """
+from concurrent.futures import ProcessPoolExecutor
+from bench.compiled import compile_case, discovered, table
+
+CASES = list(discovered(["attention"]))
+
+def compiled(index, arch):
+    return compile_case(CASES[index], arch)
+
+if __name__ == "__main__":
+    wanted = [(i, arch) for i, case in enumerate(CASES) for arch in case.archs]
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(compiled, *zip(*wanted)))
+    print(table(rows))
+    assert len(rows) >= 150
+    failed = []
+    for row in rows:
+        name, shape, dtype, *_ = row.label.split()
+        length, size = map(int, shape.split("x"))
+        backward, half = name == "backward", dtype != "fp32"
+        # fp32, on the FMA units: 8 bytes at most
+        ok = row.fits and row.spill_stores + row.spill_loads <= (0 if half else 16)
+        if half and length > 32:  # tiles of 64 rows
+            ok &= row.tensor_core[{80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[row.arch]] > 0
+        if half and length <= 64:
+            # Above 88 columns a block's share of an SM is one less: registers on sm_80, shared
+            # memory on sm_90; on sm_100 two fill the tensor memory.
+            wide = size > 88
+            least = {80: 2, 90: 4 - wide, 100: 2} if backward else {80: 4 - wide, 90: 4, 100: 2}
+            ok &= row.blocks_per_sm >= least[row.arch]
+        if not ok:
+            failed.append(row)
+    assert not failed, table(failed)
+"""
+
+
+def test_machine_code_of_every_row(tmp_path):
+    """Every rung and variant for three architectures: nothing spills, all fits, tensor cores."""
+    program = tmp_path / "machine_code.py"
+    program.write_text(MACHINE_CODE)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, program], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,133 @@
+"""varlen_attention under others' names, and others behind varlen_attention's."""
+
+import inspect
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from clipa_kernels import (
+    cu_seqlens_of,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    varlen_attention_forward,
+    varlen_attention_qkvpacked,
+    varlen_attention_reference,
+)
+
+LENGTHS = [3, 0, 9, 5]
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(sum(LENGTHS), 3, 2, 16, generator=generator)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_flash_attention_functions(qkv, causal):
+    ends = cu_seqlens_of(LENGTHS)
+    expected = varlen_attention_reference(*qkv.unbind(1), ends, 9, causal=causal, scale=0.3)
+    positional = (0.0, 0.3, causal, (-1, -1), 0.0, None, True, False)
+    out = flash_attn_varlen_func(*qkv.unbind(1), ends, ends.clone(), 9, 9, *positional, None)
+    torch.testing.assert_close(out, expected)
+    out = flash_attn_varlen_qkvpacked_func(qkv, ends, 9, *positional)
+    torch.testing.assert_close(out, expected)
+    out = flash_attn_varlen_qkvpacked_func(qkv, ends, 9)
+    torch.testing.assert_close(out, varlen_attention_qkvpacked(qkv, ends, 9))
+
+
+NOT_IMPLEMENTED = {
+    "dropout_p": 0.1,
+    "window_size": (4, 0),
+    "softcap": 30.0,
+    "alibi_slopes": torch.zeros(2),
+    "return_attn_probs": True,
+    "block_table": torch.zeros(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IMPLEMENTED)
+def test_what_is_not_implemented_is_named(qkv, name):
+    ends, change = cu_seqlens_of(LENGTHS), {name: NOT_IMPLEMENTED[name]}
+    with pytest.raises(ValueError, match=f"flash_attn_varlen_func: {name} must be .*, got"):
+        flash_attn_varlen_func(*qkv.unbind(1), ends, ends, 9, 9, **change)
+    if name in inspect.signature(flash_attn_varlen_qkvpacked_func).parameters:
+        with pytest.raises(ValueError, match=f"qkvpacked_func: {name} must be .*, got"):
+            flash_attn_varlen_qkvpacked_func(qkv, ends, 9, **change)
+
+
+@pytest.mark.parametrize(("lengths", "longest"), [(LENGTHS, 8), (LENGTHS[::-1], 9), ([17], 9)])
+def test_keys_of_other_sequences(qkv, lengths, longest):
+    ends = cu_seqlens_of(LENGTHS)
+    with pytest.raises(ValueError, match="keys must be of the same sequences as queries, got"):
+        flash_attn_varlen_func(*qkv.unbind(1), ends, cu_seqlens_of(lengths), 9, longest)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_attention_interface(side, causal):
+    """Against torch's own, on the tokens that are not padding; gradients as well."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(3, 2, 7, 16, generator=generator, requires_grad=True) for _ in "qkv"
+    )
+    place = torch.arange(7) if side == "right" else torch.arange(6, -1, -1)
+    mask = None if side == "none" else (place < torch.tensor([7, 2, 4])[:, None]).long()
+    module = torch.nn.Identity()
+    module.is_causal = causal
+    out, weights = varlen_attention_forward(module, query, key, value, mask, scaling=0.3, more=1)
+    assert weights is None and out.shape == (3, 7, 2, 16)
+    kept = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask.bool()
+    seen = kept[:, None, None, :] | torch.eye(7, dtype=torch.bool)
+    if causal:
+        seen = seen & torch.ones(7, 7, dtype=torch.bool).tril()
+    plain = scaled_dot_product_attention(query, key, value, seen, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(out[kept], plain[kept])
+    assert not out[~kept].any()
+    again, _ = varlen_attention_forward(
+        torch.nn.Identity(), query, key, value, mask, scaling=0.3, is_causal=causal
+    )
+    assert torch.equal(out, again)
+    mine, other = (torch.autograd.grad(x[kept].sin().sum(), query)[0] for x in (out, plain))
+    torch.testing.assert_close(mine, other)
+
+
+def test_attention_interface_names_what_it_cannot_do():
+    x = torch.zeros(2, 2, 5, 16)
+    module = torch.nn.Identity()
+    with pytest.raises(ValueError, match="varlen_attention_forward: dropout must be 0.0, got 0.1"):
+        varlen_attention_forward(module, x, x, x, None, dropout=0.1)
+    with pytest.raises(ValueError, match=r"None or \[B, S\] = 2x5, got 2x1x5x5 float32"):
+        varlen_attention_forward(module, x, x, x, torch.zeros(2, 1, 5, 5))
+    with pytest.raises(ValueError, match=r"all alike, got 2x2x5x16 .* 2x1x5x16"):
+        varlen_attention_forward(module, x, x[:, :1], x, None)
+
+
+@pytest.mark.parametrize("impl", ["varlen_attn", "flash_attn", "xformers"])
+def test_rivals_that_cannot_run_say_why(qkv, impl):
+    with pytest.raises(RuntimeError, match=f'impl "{impl}" needs .*, got'):
+        varlen_attention_qkvpacked(qkv, cu_seqlens_of(LENGTHS), 9, impl=impl)
+
+
+def test_argument_names_of_torchs_varlen_attn():
+    """Its kernels are for GPUs; that it takes what it is given can be seen anywhere."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(varlen.varlen_attn)
+    signature.bind(*"qkv", "cu_q", "cu_k", 9, 9, scale=0.3, window_size=(-1, 0))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("impl", ["varlen_attn", "flash_attn", "xformers"])
+def test_rivals_match_the_reference(qkv, impl, causal):
+    packages = {"varlen_attn": "torch", "flash_attn": "flash_attn", "xformers": "xformers"}
+    if find_spec(packages[impl]) is None:
+        pytest.skip(f"{impl} is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip(f"{impl} has no CPU implementation")
+    qkv, ends = qkv.half().cuda(), cu_seqlens_of(LENGTHS, "cuda")
+    how = dict(causal=causal, scale=0.3)
+    out = varlen_attention_qkvpacked(qkv, ends, 9, impl=impl, **how)
+    expected = varlen_attention_reference(*qkv.unbind(1), ends, 9, **how)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)

@@ -22,6 +22,7 @@ from .common import Case, cdiv, pointer, rows_a_program, rows_of, sum_case, sum_
 
 _PROGRAMS = 512  # of a backward: about four a processor, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
+_FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for so many rows
 WIDTHS = (1280, 4096, 768, 384, 100)  # of the cases to compile: each rung, and a ragged width
 
 
@@ -34,14 +35,23 @@ class Config:
     num_warps: int
 
 
-def config_for(width: int) -> Config:
-    """The tile for rows of `width` columns: 16 numbers a thread, two 16-byte loads in bf16."""
+def config_for(width: int, numbers: int) -> Config:
+    """The tile for rows of `width` columns, a thread holding so many numbers of each tensor.
+
+    Those are 16 in the forward, two 16-byte loads in bf16, and 8 in the backward, which keeps four
+    times as much beside them: with 16 it spills on sm_100.
+    """
     block_d = max(16, triton.next_power_of_2(width))
-    if block_d > 2048:
-        return Config(1, block_d, block_d // 512)  # more a thread spills in the backward
-    if block_d > 512:
-        return Config(1, block_d, 4)  # one row fills four warps
-    return Config(min(16, 2048 // block_d), block_d, 4)  # short rows: several fill them
+    if block_d > 128 * numbers:
+        return Config(1, block_d, block_d // (32 * numbers))  # one row fills more than four warps
+    return Config(min(16, 128 * numbers // block_d), block_d, 4)  # short rows: several fill them
+
+
+@triton.jit
+def _row(ptr, D, BLOCK_D: tl.constexpr):
+    """A parameter, fp32 [1, BLOCK_D]; loaded as a vector, whose layout is its own dtype's."""
+    offs_d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -57,32 +67,34 @@ def _statistics(total, mask_d, D, eps):
 def _add_layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,
     y_ptr, total_ptr,
-    rows, D,
+    rows, D, rows_a_program,
     stride_xm, stride_rm,
     eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """total = x + residual, y = norm(total) * weight + bias; y [rows, D] and total are dense."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < rows
-    offs_d = tl.arange(0, BLOCK_D)
+    start = tl.program_id(0).to(tl.int64) * rows_a_program
+    end = tl.minimum(start + rows_a_program, rows)
+    weight, bias = _row(weight_ptr, D, BLOCK_D), _row(bias_ptr, D, BLOCK_D)
+    offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     mask_d = (offs_d < D)[None, :]
-    mask = mask_m[:, None] & mask_d
-    # [BLOCK_M, BLOCK_D]
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :]
-    total = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    out = offs_m[:, None] * D + offs_d[None, :]
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_d[None, :]
-        total += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        stored = total.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + out, stored, mask=mask)
-        total = stored.to(tl.float32)  # the norm is that of the stream as others read it
-    centred, rstd = _statistics(total, mask_d, D, eps)
-    weight = tl.load(weight_ptr + offs_d[None, :], mask=mask_d, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_d[None, :], mask=mask_d, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight + bias
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for first in range(start, end, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask = (offs_m < end)[:, None] & mask_d
+        # [BLOCK_M, BLOCK_D]
+        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :]
+        total = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        out = offs_m[:, None] * D + offs_d[None, :]
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_d[None, :]
+            total += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            stored = total.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + out, stored, mask=mask)
+            total = stored.to(tl.float32)  # the norm is that of the stream as others read it
+        centred, rstd = _statistics(total, mask_d, D, eps)
+        y = centred * rstd[:, None] * weight + bias
+        tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -93,7 +105,7 @@ def _add_layer_norm_bwd_kernel(
     stride_ym, stride_dm, stride_tm,
     eps,
     HAS_D_TOTAL: tl.constexpr, TWO_DTYPES: tl.constexpr, PARAMETERS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d = d_total + rstd (g - mean(g) - n mean(g n)), g = dy * weight, n the normalised row.
 
@@ -103,9 +115,9 @@ def _add_layer_norm_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     start = program * rows_a_program
     end = tl.minimum(start + rows_a_program, rows)
-    offs_d = tl.arange(0, BLOCK_D)
+    weight = _row(weight_ptr, D, BLOCK_D)
+    offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     mask_d = (offs_d < D)[None, :]
-    weight = tl.load(weight_ptr + offs_d[None, :], mask=mask_d, other=0.0).to(tl.float32)
     # [BLOCK_M, BLOCK_D]
     d_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     d_bias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -138,6 +150,12 @@ def _add_layer_norm_bwd_kernel(
         tl.store(partial_ptrs + D, tl.sum(d_bias, 0), mask=offs_d < D)
 
 
+def _vector(*streams: Tensor) -> int:
+    """Columns next to each other in a thread: 16 bytes of the widest stream, whose accesses would
+    else touch each sector twice."""
+    return 16 // max(stream.element_size() for stream in streams)
+
+
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -149,14 +167,17 @@ def forward(
     if not x.numel():
         return y, total
     stream = flat if residual is None else rows_of(residual)
-    config = config_for(d)
-    _add_layer_norm_fwd_kernel[(cdiv(rows, config.block_m),)](
+    config = config_for(d, 16)
+    # Several rows a program only where there are rows enough for every processor.
+    walked = min(_FORWARD_ROWS, rows_a_program(rows, 4 * _PROGRAMS, config.block_m))
+    _add_layer_norm_fwd_kernel[(cdiv(rows, walked),)](
         flat, stream, weight.contiguous(), bias.contiguous(),
         y, y if total is None else total,
-        rows, d,
+        rows, d, walked,
         flat.stride(0), stream.stride(0),
         eps,
-        HAS_RESIDUAL=residual is not None, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
+        HAS_RESIDUAL=residual is not None, VECTOR=_vector(flat, stream),
+        BLOCK_M=config.block_m, BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )  # fmt: skip
     return y, total
@@ -179,7 +200,7 @@ def backward(
     rows, d = flat.shape
     dx = flat.new_empty(dy.shape)
     d_residual = total.new_empty(dy.shape) if total.dtype != dy.dtype else None
-    config = config_for(d)
+    config = config_for(d, 8)
     walked = rows_a_program(rows, _PROGRAMS, _LEAST_ROWS)
     programs = cdiv(rows, walked)
     partial = flat.new_empty(programs, 2, d, dtype=torch.float32)
@@ -192,7 +213,7 @@ def backward(
             flat.stride(0), more.stride(0), stream.stride(0),
             eps,
             HAS_D_TOTAL=d_total is not None, TWO_DTYPES=d_residual is not None,
-            PARAMETERS=bias_dtype is not None,
+            PARAMETERS=bias_dtype is not None, VECTOR=_vector(flat, stream),
             BLOCK_M=config.block_m, BLOCK_D=config.block_d,
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -210,27 +231,29 @@ def cases() -> Iterator[Case]:
         (fp16, fp16, 1280),
         (fp32, fp32, 4096),
     ):
-        config = config_for(width)
         label = f"{pointer(x)[1:]} on {pointer(stream)[1:]} D={width}"
-        block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
-        unaligned = () if width % 16 == 0 else ("D", "stride_xm", "stride_rm")
-        inputs = dict(x_ptr=pointer(x), y_ptr=pointer(x), weight_ptr="*fp32", bias_ptr="*fp32")
-        inputs |= dict(residual_ptr=pointer(stream), total_ptr=pointer(stream))
-        sizes = dict.fromkeys(("rows", "D", "stride_xm", "stride_rm"), "i32") | dict(eps="fp32")
-        yield Case(
-            f"forward {label}", _add_layer_norm_fwd_kernel, inputs | sizes,
-            dict(HAS_RESIDUAL=True) | block, config.num_warps, unaligned=unaligned,
-        )  # fmt: skip
-        inputs = dict.fromkeys(("dy_ptr", "dx_ptr"), pointer(x))
-        names = ("d_total_ptr", "total_ptr", "d_residual_ptr")
-        inputs |= dict.fromkeys(names, pointer(stream))
-        inputs |= dict(weight_ptr="*fp32", partial_ptr="*fp32", eps="fp32")
-        strides = ("stride_ym", "stride_dm", "stride_tm")
-        sizes = dict.fromkeys(("rows", "D", "rows_a_program", *strides), "i32")
+        vector = dict(VECTOR=16 // max(x.itemsize, stream.itemsize))
+        strides = ("stride_xm", "stride_rm", "stride_ym", "stride_dm", "stride_tm")
         unaligned = () if width % 16 == 0 else ("D", *strides)
-        variant = dict(HAS_D_TOTAL=True, TWO_DTYPES=x != stream, PARAMETERS=True)
+        pointers = dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32") | dict(eps="fp32")
+        sizes = dict.fromkeys(("rows", "D", "rows_a_program"), "i32")
+        config = config_for(width, 16)
+        inputs = dict.fromkeys(("x_ptr", "y_ptr"), pointer(x)) | dict.fromkeys(strides[:2], "i32")
+        inputs |= dict.fromkeys(("residual_ptr", "total_ptr"), pointer(stream))
+        block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
         yield Case(
-            f"backward {label}", _add_layer_norm_bwd_kernel, inputs | sizes,
-            variant | block, config.num_warps, unaligned=unaligned,
+            f"forward {label}", _add_layer_norm_fwd_kernel, pointers | sizes | inputs,
+            dict(HAS_RESIDUAL=True) | vector | block, config.num_warps, unaligned=unaligned,
+        )  # fmt: skip
+        config = config_for(width, 8)
+        inputs = dict.fromkeys(("dy_ptr", "dx_ptr"), pointer(x)) | dict.fromkeys(strides[2:], "i32")
+        names = ("d_total_ptr", "total_ptr", "d_residual_ptr")
+        inputs |= dict.fromkeys(names, pointer(stream)) | dict(partial_ptr="*fp32")
+        del pointers["bias_ptr"]
+        variant = dict(HAS_D_TOTAL=True, TWO_DTYPES=x != stream, PARAMETERS=True)
+        block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
+        yield Case(
+            f"backward {label}", _add_layer_norm_bwd_kernel, pointers | sizes | inputs,
+            variant | vector | block, config.num_warps, unaligned=unaligned,
         )  # fmt: skip
     yield sum_case(2, fp32)

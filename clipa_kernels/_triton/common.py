@@ -67,7 +67,7 @@ def _sum_partial_kernel(
         acc += tl.load(partial_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
         partial_ptrs += BLOCK_P * SUMS * D
     total = tl.sum(acc, 0)
-    if which == 0:
+    if SUMS == 1 or which == 0:
         tl.store(first_ptr + offs_d, total.to(first_ptr.dtype.element_ty), mask=mask_d)
     else:
         tl.store(second_ptr + offs_d, total.to(second_ptr.dtype.element_ty), mask=mask_d)

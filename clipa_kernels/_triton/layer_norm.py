@@ -42,6 +42,8 @@ def config_for(width: int, numbers: int) -> Config:
     times as much beside them: with 16 it spills on sm_100.
     """
     block_d = max(16, triton.next_power_of_2(width))
+    if block_d > 2048:
+        return Config(1, block_d, 8)  # 16 numbers a thread both ways: of 16 warps, two spill
     if block_d > 128 * numbers:
         return Config(1, block_d, block_d // (32 * numbers))  # one row fills more than four warps
     return Config(min(16, 128 * numbers // block_d), block_d, 4)  # short rows: several fill them
@@ -79,22 +81,23 @@ def _add_layer_norm_fwd_kernel(
     weight, bias = _row(weight_ptr, D, BLOCK_D), _row(bias_ptr, D, BLOCK_D)
     offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     mask_d = (offs_d < D)[None, :]
+    offs_m = tl.arange(0, BLOCK_M)[:, None]
+    # [BLOCK_M, BLOCK_D]; 64-bit numbers stay scalar
+    out = offs_m * D + offs_d[None, :]
     for first in range(start, end, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        mask = (offs_m < end)[:, None] & mask_d
-        # [BLOCK_M, BLOCK_D]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :]
+        mask = (offs_m < end - first) & mask_d
+        x_ptrs = x_ptr + first * stride_xm + (offs_m * stride_xm + offs_d[None, :])
         total = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        out = offs_m[:, None] * D + offs_d[None, :]
         if HAS_RESIDUAL:
-            residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_d[None, :]
+            residual_ptrs = residual_ptr + first * stride_rm
+            residual_ptrs += offs_m * stride_rm + offs_d[None, :]
             total += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
             stored = total.to(total_ptr.dtype.element_ty)
-            tl.store(total_ptr + out, stored, mask=mask)
+            tl.store(total_ptr + first * D + out, stored, mask=mask)
             total = stored.to(tl.float32)  # the norm is that of the stream as others read it
         centred, rstd = _statistics(total, mask_d, D, eps)
         y = centred * rstd[:, None] * weight + bias
-        tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + first * D + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -118,14 +121,15 @@ def _add_layer_norm_bwd_kernel(
     weight = _row(weight_ptr, D, BLOCK_D)
     offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     mask_d = (offs_d < D)[None, :]
-    # [BLOCK_M, BLOCK_D]
+    offs_m = tl.arange(0, BLOCK_M)[:, None]
+    # [BLOCK_M, BLOCK_D]; 64-bit numbers stay scalar
+    out = offs_m * D + offs_d[None, :]
     d_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     d_bias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for first in range(start, end, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        mask = (offs_m < end)[:, None] & mask_d
-        total_ptrs = total_ptr + offs_m[:, None] * stride_tm + offs_d[None, :]
-        dy_ptrs = dy_ptr + offs_m[:, None] * stride_ym + offs_d[None, :]
+        mask = (offs_m < end - first) & mask_d
+        total_ptrs = total_ptr + first * stride_tm + (offs_m * stride_tm + offs_d[None, :])
+        dy_ptrs = dy_ptr + first * stride_ym + (offs_m * stride_ym + offs_d[None, :])
         total = tl.load(total_ptrs, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         centred, rstd = _statistics(total, mask_d, D, eps)
@@ -138,12 +142,14 @@ def _add_layer_norm_bwd_kernel(
         mean_gn = tl.sum(g * normal, 1) / D
         d = rstd[:, None] * (g - mean_g[:, None] - normal * mean_gn[:, None])
         if HAS_D_TOTAL:
-            d_total_ptrs = d_total_ptr + offs_m[:, None] * stride_dm + offs_d[None, :]
+            d_total_ptrs = d_total_ptr + first * stride_dm
+            d_total_ptrs += offs_m * stride_dm + offs_d[None, :]
             d += tl.load(d_total_ptrs, mask=mask, other=0.0).to(tl.float32)
-        out = offs_m[:, None] * D + offs_d[None, :]
-        tl.store(dx_ptr + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + first * D + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if TWO_DTYPES:
-            tl.store(d_residual_ptr + out, d.to(d_residual_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                d_residual_ptr + first * D + out, d.to(d_residual_ptr.dtype.element_ty), mask=mask
+            )
     if PARAMETERS:
         partial_ptrs = partial_ptr + program * 2 * D + offs_d
         tl.store(partial_ptrs, tl.sum(d_weight, 0), mask=offs_d < D)

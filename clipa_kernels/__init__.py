@@ -8,6 +8,7 @@ Dimension letters, used in every docstring of the package:
     N rows of the global batch
 """
 
+from ._philox import philox_bits, philox_uniform
 from .attention import (
     varlen_attention,
     varlen_attention_qkvpacked,
@@ -34,8 +35,6 @@ from .masking import (
     block_text,
     grid_patches,
     keep_count,
-    philox_bits,
-    philox_uniform,
     random_patches,
     random_text,
     syntax_text,

@@ -1,6 +1,7 @@
 """Argument checks that ops share: "<function>: <what must hold>, got <what came>"."""
 
 from importlib.util import find_spec
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,6 +40,24 @@ def require_integer(function: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must hold int32 or int64, got {describe(tensor)}")
+
+
+def require_int(function: str, low: int, high: int, **values: object) -> None:
+    """TypeError unless every named value is an integer, ValueError unless in [low, high)."""
+    for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
+        if not low <= value < high:
+            raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
+
+
+def require_vectors(function: str, **tensors: Tensor) -> None:
+    """TypeError unless all are tensors of integers, ValueError unless one-dimensional."""
+    require_tensor(function, **tensors)
+    require_integer(function, **tensors)
+    for name, tensor in tensors.items():
+        if tensor.dim() != 1:
+            raise ValueError(f"{function}: {name} must be one-dimensional, got {describe(tensor)}")
 
 
 def require_same_device(function: str, **tensors: Tensor | None) -> None:

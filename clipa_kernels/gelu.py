@@ -5,7 +5,8 @@
     quick: z * sigmoid(1.702 z)
 
 Hendrycks & Gimpel (arXiv:1606.08415). CLIPA-v1 and open_clip use the exact form, CLIPA-v2 (JAX)
-tanh, OpenAI's CLIP quick. Plain torch writes and saves z, and for quick two more tensors.
+tanh, OpenAI's CLIP quick. Plain torch writes and saves z, and for quick two more tensors; here x
+and bias alone are saved, and the kernels make z in registers, once in each direction.
 """
 
 import torch
@@ -40,12 +41,13 @@ def bias_gelu(
         x: [..., D], floating point, a product without its bias.
         bias: [D], floating point; None adds nothing.
         approximate: "none" (erf), "tanh" or "quick" (x * sigmoid(1.702 x)).
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
     Returns:
         [..., D] in x's dtype.
     Raises:
         ValueError: a bias that is not [D], an unknown approximate or impl, devices that differ.
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is not floating point, or "triton" with one of 64 bits.
+        RuntimeError: "triton" where it cannot run.
     Source: torch.nn.functional.gelu; quick: OpenAI CLIP's QuickGELU.
     """
     name = "bias_gelu"
@@ -61,9 +63,12 @@ def bias_gelu(
         require_same_device(name, x=x, bias=bias)
     if approximate not in _FORMS:
         raise ValueError(f"{name}: approximate must be one of {_FORMS}, got {approximate!r}")
-    impl = choose_impl(name, impl, ("torch", "reference"))
+    widest = bias if bias is not None and bias.dtype.itemsize > x.dtype.itemsize else x
+    impl = choose_impl(name, impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return bias_gelu_reference(x, bias, approximate)
+    if impl == "triton":
+        return torch.ops.clipa.bias_gelu(x, bias, approximate)
     if torch.compiler.is_compiling():
         return _gelu(x, bias, approximate)
     return _BiasGelu.apply(x, bias, approximate)
@@ -105,3 +110,46 @@ class _BiasGelu(torch.autograd.Function):
             dx.sum(dims, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype),
             None,
         )
+
+
+@torch.library.custom_op("clipa::bias_gelu", mutates_args=())
+def _forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    from ._triton import gelu
+
+    return gelu.forward(x, bias, approximate)
+
+
+@torch.library.custom_op("clipa::bias_gelu_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and bias, the latter empty where it is not wanted."""
+    from ._triton import gelu
+
+    dx, d_bias = gelu.backward(dy, x, bias, approximate, bias_wanted)
+    return dx, x.new_empty(0) if d_bias is None else d_bias
+
+
+@_forward.register_fake
+def _(x, bias, approximate):
+    return x.new_empty(x.shape)
+
+
+@_backward.register_fake
+def _(dy, x, bias, approximate, bias_wanted):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape) if bias_wanted else x.new_empty(0)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, bias, ctx.approximate = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _gradient(ctx, dy: Tensor):
+    x, bias = ctx.saved_tensors
+    wanted = bias is not None and ctx.needs_input_grad[1]
+    dx, d_bias = torch.ops.clipa.bias_gelu_backward(dy, x, bias, ctx.approximate, wanted)
+    return dx, d_bias if wanted else None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)

@@ -5,7 +5,8 @@
 
 A pre-norm transformer block ends one branch and begins the next with exactly this pair. Ba et al.,
 "Layer Normalization" (arXiv:1607.06450); torch.nn.functional.layer_norm is the definition.
-Plain torch writes the sum, reads it back, and saves a copy of the input in fp32 under autocast.
+Plain torch writes the sum, reads it back, and saves a copy of the input in fp32 under autocast;
+the kernels save the sum alone, and one launch makes both outputs, one both gradients.
 """
 
 import torch
@@ -44,18 +45,24 @@ def add_layer_norm(
             the first norm, where the stream is x itself.
         weight, bias: [D], floating point.
         eps: added to the variance.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
     Returns:
         (normalised in x's dtype, new residual in residual's dtype), both [..., D].
     Raises:
         ValueError: shapes or devices that disagree, eps below 0, an unknown impl.
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is not floating point, or "triton" with one of 64 bits.
+        RuntimeError: "triton" where it cannot run.
     Source: torch.nn.functional.layer_norm.
     """
     _check_arguments(x, residual, weight, bias, eps)
-    impl = choose_impl("add_layer_norm", impl, ("torch", "reference"))
+    present = [t for t in (x, residual, weight, bias) if t is not None]
+    widest = max(present, key=lambda t: t.dtype.itemsize)
+    impl = choose_impl("add_layer_norm", impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
+    if impl == "triton":
+        y, total = torch.ops.clipa.add_layer_norm(x, residual, weight, bias, eps)
+        return y, x if residual is None else total
     total = x if residual is None else (x + residual).to(residual.dtype)
     # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
     if torch.is_autocast_enabled(x.device.type):
@@ -72,6 +79,75 @@ def _layer_norm(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
         return F.layer_norm(total, weight.shape, weight, bias, eps)  # the CPU kernel takes both
     wide = torch.promote_types(total.dtype, weight.dtype)
     return F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+
+
+@torch.library.custom_op("clipa::add_layer_norm", mutates_args=())
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(normalised, new residual), the latter empty where it is x itself."""
+    from ._triton import layer_norm
+
+    y, total = layer_norm.forward(x, residual, weight, bias, eps)
+    return y, x.new_empty(0) if total is None else total
+
+
+@torch.library.custom_op("clipa::add_layer_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    d_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    eps: float,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual (empty: the same), weight and bias (empty: bias_dtype is None)."""
+    from ._triton import layer_norm
+
+    grads = layer_norm.backward(dy, d_total, total, weight, eps, bias_dtype)
+    dx, *others = (dy.new_empty(0) if grad is None else grad for grad in grads)
+    return dx, *others
+
+
+@_forward.register_fake
+def _(x, residual, weight, bias, eps):
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+
+
+@_backward.register_fake
+def _(dy, d_total, total, weight, eps, bias_dtype):
+    d_residual = total.new_empty(0 if total.dtype == dy.dtype else total.shape)
+    if bias_dtype is None:
+        return dy.new_empty(dy.shape), d_residual, dy.new_empty(0), dy.new_empty(0)
+    d_bias = weight.new_empty(weight.shape, dtype=bias_dtype)
+    return dy.new_empty(dy.shape), d_residual, weight.new_empty(weight.shape), d_bias
+
+
+def _save(ctx, inputs, output) -> None:
+    x, residual, weight, bias, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.has_residual, ctx.x_dtype, ctx.bias_dtype = residual is not None, x.dtype, bias.dtype
+    ctx.save_for_backward(x if residual is None else output[1], weight)
+
+
+def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
+    total, weight = ctx.saved_tensors
+    if not ctx.has_residual:
+        d_total = None
+    if dy is None:  # the norm was not used
+        return (None if d_total is None else d_total.to(ctx.x_dtype)), d_total, None, None, None
+    wanted = ctx.bias_dtype if any(ctx.needs_input_grad[2:4]) else None
+    dx, d_residual, d_weight, d_bias = torch.ops.clipa.add_layer_norm_backward(
+        dy, d_total, total, weight, ctx.eps, wanted
+    )
+    if not ctx.has_residual:
+        d_residual = None
+    elif total.dtype == dy.dtype:
+        d_residual = dx  # one tensor for both: the sum's gradient is that of each term
+    return dx, d_residual, d_weight if wanted else None, d_bias if wanted else None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
 
 
 def _check_arguments(

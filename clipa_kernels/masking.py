@@ -28,56 +28,26 @@ caller's. The size depends on the lengths, so a CUDA device is waited for: use i
 
 from functools import cache
 from itertools import product
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ._check import describe, require_integer, require_same_device, require_tensor
+from ._check import (
+    choose_impl,
+    describe,
+    require_int,
+    require_same_device,
+    require_tensor,
+    require_vectors,
+)
+from ._philox import LOW, draw_bits, draw_words
 
 IMAGE_STREAM, TEXT_STREAM = 0, 1
-_LOW = 0xFFFFFFFF
+_KERNEL_PATCHES = 1024  # of an image, at most, for the kernel
 
 Grid = tuple[int, int]
 Device = torch.device | str | None
-
-
-def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
-    """Random 32-bit words, a row for each sample, from (seed, step, stream, sample, column) alone.
-
-    Args:
-        seed: key of the run, in [0, 2**64).
-        step: training step, in [0, 2**32).
-        samples: int32 or int64 [B], global indices in [0, 2**48) (values checked on the CPU only).
-        count: words for each sample; 0 gives an empty result.
-        stream: what the words are for, in [0, 2**16); streams are independent.
-    Returns: int64 [B, count] on the device of samples, values in [0, 2**32).
-    Raises:
-        TypeError: samples is not an integer tensor, or a number is not an integer.
-        ValueError: samples is not one-dimensional, or a value is out of its range.
-    Source: Philox4x32-10 of Salmon et al. 2011; counter and key as in the module docstring.
-
-    >>> [hex(word) for word in philox_bits(0, 0, torch.tensor([0]), 4)[0].tolist()]
-    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
-    """
-    function = "philox_bits"
-    _require_vectors(function, samples=samples)
-    _require_int(function, 0, 2**64, seed=seed)
-    _require_int(function, 0, 2**32, step=step, count=count)
-    _require_int(function, 0, 2**16, stream=stream)
-    if samples.device.type == "cpu" and len(samples):
-        for bound in samples.aminmax():
-            _require_int(function, 0, 2**48, sample=int(bound))
-    return _bits(seed, step, samples.long(), count, stream)
-
-
-def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1): the upper 24 bits of philox_bits, times 2**-24.
-
-    Args, Raises: as philox_bits.
-    Returns: float32 [B, count] on the device of samples, equal on all devices.
-    """
-    return (philox_bits(seed, step, samples, count, stream=stream) >> 8).float() * 2**-24
 
 
 def keep_count(num_patches: int, drop: float) -> int:
@@ -107,6 +77,7 @@ def random_patches(
     step: int,
     first_sample: int = 0,
     device: Device = None,
+    impl: str = "auto",
 ) -> Tensor:
     """A uniformly random subset of each image's patches.
 
@@ -118,6 +89,7 @@ def random_patches(
         step: training step, in [0, 2**32).
         first_sample: global index of image 0, in [0, 2**48); image b has first_sample + b.
         device: of the result.
+        impl: "auto", "triton" (one launch, at most 1024 patches) or "torch"; the same bits.
     Returns: int64 [B, K], ascending in each row, K = keep_count(rows * columns, drop).
     Raises:
         TypeError: a size or a part of the key is not an integer, or drop is not a number.
@@ -130,8 +102,11 @@ def random_patches(
     _require_images("random_patches", batch, grid)
     patches = grid[0] * grid[1]
     kept = _keep_count("random_patches", patches, drop)
+    key = seed, step, first_sample
+    if _kernel("random_patches", impl, batch, grid, key, device):
+        return _launched("random", batch, grid, kept, (0, 0), key, device)
     samples = _samples("random_patches", batch, seed, step, first_sample, device)
-    bits = _bits(seed, step, samples, patches, IMAGE_STREAM)
+    bits = draw_bits(seed, step, samples, patches, IMAGE_STREAM)
     # With the index in the low bits all keys differ, so topk has no tie to break its own way.
     keys = (bits << 31) | torch.arange(patches, device=device)
     return keys.topk(kept, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
@@ -146,6 +121,7 @@ def grid_patches(
     step: int,
     first_sample: int = 0,
     device: Device = None,
+    impl: str = "auto",
 ) -> Tensor:
     """One patch of each 2x2 window: a quarter of the image, evenly spread.
 
@@ -162,14 +138,18 @@ def grid_patches(
     [[0, 2, 8, 10]]
     """
     _require_images("grid_patches", batch, grid)
-    samples = _samples("grid_patches", batch, seed, step, first_sample, device)
     if corner not in ("random", "top_left"):
         raise ValueError(f"grid_patches: corner must be random or top_left, got {corner!r}")
+    key = seed, step, first_sample
+    if corner == "random" and _kernel("grid_patches", impl, batch, grid, key, device):
+        windows = (grid[0] + 1) // 2 * ((grid[1] + 1) // 2)
+        return _launched("grid", batch, grid, windows, (0, 0), key, device)
+    samples = _samples("grid_patches", batch, seed, step, first_sample, device)
     rows = torch.arange(0, grid[0], 2, device=device)[:, None]
     columns = torch.arange(0, grid[1], 2, device=device)
     if corner == "top_left":
         return (rows * grid[1] + columns).flatten().repeat(batch, 1)
-    bits = _bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
+    bits = draw_bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
     bits = bits.view(batch, len(rows), len(columns))
     # The two upper bits choose; a window cut to one row or column has no second one to choose.
     rows = rows + (bits >> 31) * (rows + 1 < grid[0])
@@ -186,6 +166,7 @@ def block_patches(
     step: int,
     first_sample: int = 0,
     device: Device = None,
+    impl: str = "auto",
 ) -> Tensor:
     """One rectangle of patches in each image, its place uniform over all where it fits.
 
@@ -198,10 +179,13 @@ def block_patches(
     Source: CLIPA's block mask; the shape and the placement are our choice.
     """
     _require_images("block_patches", batch, grid)
-    samples = _samples("block_patches", batch, seed, step, first_sample, device)
     tall, wide = _block_shape(*grid, _keep_count("block_patches", grid[0] * grid[1], drop))
+    key = seed, step, first_sample
+    if _kernel("block_patches", impl, batch, grid, key, device):
+        return _launched("block", batch, grid, tall * wide, (tall, wide), key, device)
+    samples = _samples("block_patches", batch, seed, step, first_sample, device)
     free_rows, free_columns = grid[0] - tall + 1, grid[1] - wide + 1
-    place = _bits(seed, step, samples, 1, IMAGE_STREAM) * (free_rows * free_columns) >> 32
+    place = draw_bits(seed, step, samples, 1, IMAGE_STREAM) * (free_rows * free_columns) >> 32
     corner = place // free_columns * grid[1] + place % free_columns
     rows = torch.arange(tall, device=device)[:, None]
     return corner + (rows * grid[1] + torch.arange(wide, device=device)).flatten()
@@ -242,7 +226,9 @@ def random_text(
     # Words come in fours: caption b owns ceil(lengths[b] / 4) counter blocks of the flat words.
     blocks = (lengths + 3) // 4
     columns = _windows(torch.zeros_like(blocks), blocks)
-    words = _words(seed, step, TEXT_STREAM, samples.repeat_interleave(blocks), columns).flatten()
+    words = draw_words(
+        seed, step, TEXT_STREAM, samples.repeat_interleave(blocks), columns
+    ).flatten()
     starts = (blocks.cumsum(0) - blocks) * 4
     return _lowest(words[_windows(starts, lengths)], lengths, context)
 
@@ -258,7 +244,7 @@ def block_text(
     lengths = _checked_lengths("block_text", lengths, context)
     samples = _samples("block_text", len(lengths), seed, step, first_sample, lengths.device)
     kept = lengths.clamp(max=context)
-    bits = _bits(seed, step, samples, 1, TEXT_STREAM)[:, 0]
+    bits = draw_bits(seed, step, samples, 1, TEXT_STREAM)[:, 0]
     starts = lengths.cumsum(0) - lengths + (bits * (lengths - kept + 1) >> 32)
     return _windows(starts, kept), kept
 
@@ -288,40 +274,54 @@ def syntax_text(
     return _lowest(priority[ids.long()].long(), lengths, context)
 
 
-def _words(seed: int, step: int, stream: int, samples: Tensor, blocks: Tensor) -> Tensor:
-    """int64 [..., 4]: the four words of each counter, samples and blocks broadcast to [...]."""
-    counter = (blocks, samples & _LOW, step, (samples >> 32 << 16) | stream)
-    return _philox4x32(counter, (seed & _LOW, seed >> 32))
-
-
-def _philox4x32(counter: tuple, key: tuple[int, int]) -> Tensor:
-    """Philox4x32-10 of four int64 tensors (or ints) of uint32 values: int64 [..., 4]."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # A product wraps modulo 2**64 and the shift drags its sign along: the mask removes it.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW
-        c2, c3 = ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
-
-
-def _bits(seed: int, step: int, samples: Tensor, count: int, stream: int) -> Tensor:
-    blocks = torch.arange((count + 3) // 4, device=samples.device)
-    return _words(seed, step, stream, samples[:, None], blocks).flatten(1)[:, :count]
+def _require_key(f: str, batch: int, seed: int, step: int, first: int) -> None:
+    require_int(f, 0, 2**64, seed=seed)
+    require_int(f, 0, 2**32, step=step)
+    require_int(f, 0, 2**48 - batch + 1, first_sample=first)
 
 
 def _samples(f: str, batch: int, seed: int, step: int, first: int, device: Device) -> Tensor:
     """Checks the key of function f; the global sample indices of the batch."""
-    _require_int(f, 0, 2**64, seed=seed)
-    _require_int(f, 0, 2**32, step=step)
-    _require_int(f, 0, 2**48 - batch + 1, first_sample=first)
+    _require_key(f, batch, seed, step, first)
     return torch.arange(first, first + batch, device=device)
 
 
+def _kernel(f: str, impl: str, batch: int, grid: Grid, key: tuple, device: Device) -> bool:
+    """Whether function f launches the kernel; checks the key and impl."""
+    _require_key(f, batch, *key)
+    chosen = choose_impl(f, impl, ("triton", "torch"), torch.empty(0, device=device)) == "triton"
+    if chosen and impl == "triton" and grid[0] * grid[1] > _KERNEL_PATCHES:
+        raise ValueError(
+            f'{f}: impl "triton" takes at most {_KERNEL_PATCHES} patches, got {grid[0] * grid[1]}'
+        )
+    return chosen and grid[0] * grid[1] <= _KERNEL_PATCHES
+
+
+def _launched(
+    mask: str, batch: int, grid: Grid, kept: int, shape: Grid, key: tuple, device: Device
+) -> Tensor:
+    like, (seed, step, first) = torch.empty(0, device=device), key
+    words = [word - (word >> 31 << 32) for word in (seed & LOW, seed >> 32, step)]  # as int32
+    return torch.ops.clipa.choose_patches(like, mask, batch, [*grid, kept, *shape], words, first)
+
+
+@torch.library.custom_op("clipa::choose_patches", mutates_args=())
+def _choose_patches(
+    like: Tensor, mask: str, batch: int, sizes: list[int], words: list[int], first: int
+) -> Tensor:
+    """On the device of `like`; sizes: grid, K, rectangle; words: the seed's halves and the step."""
+    from ._triton.masking import choose_patches
+
+    return choose_patches(mask, batch, sizes, (*words, first), like.device)
+
+
+@_choose_patches.register_fake
+def _(like, mask, batch, sizes, words, first):
+    return like.new_empty(batch, sizes[2], dtype=torch.int64)
+
+
 def _keep_count(function: str, num_patches: int, drop: float) -> int:
-    _require_int(function, 1, 2**31, num_patches=num_patches)
+    require_int(function, 1, 2**31, num_patches=num_patches)
     if not isinstance(drop, Real):
         raise TypeError(f"{function}: drop must be a number, got {drop!r}")
     if not 0 <= drop < 1:
@@ -353,39 +353,23 @@ def _lowest(words: Tensor, lengths: Tensor, context: int) -> tuple[Tensor, Tenso
     return keep.nonzero()[:, 0], lengths.clamp(max=context)
 
 
-def _require_int(function: str, low: int, high: int, **values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Integral):
-            raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
-        if not low <= value < high:
-            raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
-
-
 def _require_images(function: str, batch: int, grid: Grid) -> None:
-    _require_int(function, 0, 2**31, batch=batch)
+    require_int(function, 0, 2**31, batch=batch)
     if not isinstance(grid, tuple | list) or len(grid) != 2:
         raise ValueError(f"{function}: grid must be (rows, columns), got {grid!r}")
-    _require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
-
-
-def _require_vectors(function: str, **tensors: Tensor) -> None:
-    require_tensor(function, **tensors)
-    require_integer(function, **tensors)
-    for name, tensor in tensors.items():
-        if tensor.dim() != 1:
-            raise ValueError(f"{function}: {name} must be one-dimensional, got {describe(tensor)}")
+    require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
 
 
 def _checked_lengths(function: str, lengths: Tensor, context: int) -> Tensor:
-    _require_vectors(function, lengths=lengths)
-    _require_int(function, 1, 2**31, context=context)
+    require_vectors(function, lengths=lengths)
+    require_int(function, 1, 2**31, context=context)
     if lengths.device.type == "cpu" and len(lengths):
-        _require_int(function, 0, 2**31, length=int(lengths.min()))
+        require_int(function, 0, 2**31, length=int(lengths.min()))
     return lengths.long()
 
 
 def _require_table(function: str, ids: Tensor, lengths: Tensor, priority: Tensor) -> None:
-    _require_vectors(function, ids=ids)
+    require_vectors(function, ids=ids)
     require_tensor(function, priority=priority)
     if priority.dtype != torch.uint8:
         raise TypeError(f"{function}: priority must be uint8, got {describe(priority)}")
@@ -396,4 +380,4 @@ def _require_table(function: str, ids: Tensor, lengths: Tensor, priority: Tensor
         if (total := int(lengths.sum())) != len(ids):
             raise ValueError(f"{function}: lengths must sum to the {len(ids)} ids, got {total}")
         for bound in ids.aminmax() if len(ids) else ():
-            _require_int(function, 0, len(priority), id=int(bound))
+            require_int(function, 0, len(priority), id=int(bound))

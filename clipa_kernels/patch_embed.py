@@ -24,6 +24,7 @@ from ._check import (
     require_same_device,
     require_tensor,
 )
+from ._patch_embed_ops import embed_patches, embed_tokens
 from .packing import Packed
 
 
@@ -78,7 +79,7 @@ def patch_embed(
         pos_embed: [R + L, D]: prefix rows, then one for each patch.
         cls_token: [D] or [R, D], rows in front of each image's patches; None means R = 0.
         mean, std: [C], in units where white is 1; both or neither. Not differentiated.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
     Returns:
         Packed with tokens [B * (R + K), D] in weight's dtype, or autocast's where it is on.
         Gradients flow to weight, bias, pos_embed, cls_token, and to images if they are floating.
@@ -97,10 +98,11 @@ def patch_embed(
     """
     _check_images(images, weight, bias, mean, std)
     _check_tokens(images, keep, weight, pos_embed, cls_token)
-    impl = choose_impl("patch_embed", impl, ("torch", "reference"))
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
+    like = images if images.dtype == torch.float64 else weight
+    impl = choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
     if impl == "reference":
         args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
         packed = patch_embed_reference(*args)
@@ -108,8 +110,17 @@ def patch_embed(
     with torch.autocast(images.device.type, enabled=False):
         folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype)
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
+        if impl == "triton":
+            table = pos_embed
+            if prefix:
+                first = cls_token.view(prefix, -1) + pos_embed[:prefix]
+                table = torch.cat((first, pos_embed[prefix:]))
+            side = weight.shape[-1]
+            runs = _in_runs(folded.view(-1, side, side, weight.shape[1]), images)
+            args = (images, keep, runs, shift, table, side, prefix)
+            return _packed(embed_tokens(*args))
         positions = pos_embed[prefix:].to(dtype)
-        x = torch.ops.clipa.patch_embed(images, keep, folded, shift, positions, weight.shape[-1])
+        x = embed_patches(images, keep, folded, shift, positions, weight.shape[-1])
         if prefix:
             first = (cls_token.view(prefix, -1) + pos_embed[:prefix]).to(dtype)
             x = torch.cat((first.expand(x.shape[0], -1, -1), x), 1)
@@ -140,107 +151,19 @@ def fold_normalisation(
     return folded.flatten(1), shift.to(dtype)
 
 
+def _in_runs(weight: Tensor, images: Tensor) -> Tensor:
+    """[D, P, P, C] as the kernels take it, [D, K]: pixels in the order of memory, padded runs."""
+    hwc = images.stride(1) == 1 and images.stride(3) == images.shape[1]
+    runs = weight.flatten(2) if hwc else weight.permute(0, 3, 1, 2).flatten(1, 2)
+    pad = -runs.shape[-1] % 16 if images.dtype == torch.uint8 else 0
+    return (F.pad(runs, (0, pad)) if pad else runs).flatten(1)
+
+
 def _packed(x: Tensor) -> Packed:
     """[B, S, D] as Packed; all sequences are S long."""
     batch, size, _ = x.shape
     ends = torch.arange(0, (batch + 1) * size, size, dtype=torch.int32, device=x.device)
     return Packed(x.flatten(0, 1), ends, size)
-
-
-def _patches(images: Tensor, keep: Tensor | None, side: int) -> Tensor:
-    """Pixels of the kept patches, [B, K, P * P * C] in the order (y, x, channel), a copy."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // side, width // side
-    grid = images.view(batch, channels, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
-    if keep is None:
-        return grid.reshape(batch, rows * columns, side * side * channels)
-    image = torch.arange(batch, device=images.device).unsqueeze(1)
-    kept = grid[image, keep.div(columns, rounding_mode="floor"), keep.remainder(columns)]
-    return kept.flatten(2)
-
-
-@torch.library.custom_op("clipa::patch_embed", mutates_args=())
-def _forward(
-    images: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    side: int,
-) -> Tensor:
-    x = F.linear(_patches(images, keep, side).to(weight.dtype), weight, bias)
-    return x.add_(positions if keep is None else positions[keep])
-
-
-@torch.library.custom_op("clipa::patch_embed_backward", mutates_args=())
-def _backward(
-    dx: Tensor, images: Tensor, keep: Tensor | None, weight: Tensor, side: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias and positions; the patches are gathered again."""
-    flat = dx.flatten(0, 1)
-    patches = _patches(images, keep, side).flatten(0, 1).to(weight.dtype)
-    wide = torch.promote_types(dx.dtype, torch.float32)
-    if keep is None:
-        dpositions = dx.sum(0, dtype=wide)
-    else:  # sorted sums: no atomics on a GPU
-        dpositions = torch.ops.aten.embedding_dense_backward(dx.to(wide), keep, rows, -1, False)
-    dbias = flat.sum(0, dtype=wide).to(dx.dtype)
-    return flat.t() @ patches, dbias, dpositions.to(dx.dtype)
-
-
-@torch.library.custom_op("clipa::patch_embed_backward_images", mutates_args=())
-def _backward_images(
-    dx: Tensor, images: Tensor, keep: Tensor | None, weight: Tensor, side: int
-) -> Tensor:
-    """Gradient of floating images; zero where no patch was kept, a sum where one was kept twice."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // side, width // side
-    dpatches = (dx @ weight).to(images.dtype)
-    if keep is not None:
-        full = dpatches.new_zeros(batch, rows * columns, dpatches.shape[-1])
-        image = torch.arange(batch, device=images.device).unsqueeze(1)
-        # Sorted, so a repeated index gives the same bits on every run on a GPU as well.
-        dpatches = full.index_put_((image, keep.long()), dpatches, accumulate=True)
-    grid = dpatches.view(batch, rows, columns, side, side, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
-
-
-@_forward.register_fake
-def _(images, keep, weight, bias, positions, side):
-    kept = positions.shape[0] if keep is None else keep.shape[1]
-    return weight.new_empty(images.shape[0], kept, weight.shape[0])
-
-
-@_backward.register_fake
-def _(dx, images, keep, weight, side, rows):
-    width = weight.shape[0]
-    return weight.new_empty(weight.shape), dx.new_empty(width), dx.new_empty(rows, width)
-
-
-@_backward_images.register_fake
-def _(dx, images, keep, weight, side):
-    return torch.empty(images.shape, dtype=images.dtype, device=images.device)
-
-
-def _save(ctx, inputs, output) -> None:
-    images, keep, weight, bias, positions, ctx.side = inputs
-    ctx.has_bias, ctx.rows = bias is not None, positions.shape[0]
-    ctx.save_for_backward(images, keep, weight)
-
-
-def _gradient(ctx, dx: Tensor):
-    images, keep, weight = ctx.saved_tensors
-    dx = dx.contiguous()
-    dimages = None
-    if ctx.needs_input_grad[0]:
-        dimages = torch.ops.clipa.patch_embed_backward_images(dx, images, keep, weight, ctx.side)
-    dweight, dbias, dpositions = torch.ops.clipa.patch_embed_backward(
-        dx, images, keep, weight, ctx.side, ctx.rows
-    )
-    return dimages, None, dweight, dbias if ctx.has_bias else None, dpositions, None
-
-
-_forward.register_autograd(_gradient, setup_context=_save)
 
 
 def _check_images(

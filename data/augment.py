@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipa_kernels.masking import philox_uniform
+from clipa_kernels import philox_uniform
 
 AUGMENT_STREAM, SHAPE_STREAM = 2, 0xFF02
 _TRIES = 10  # as torchvision

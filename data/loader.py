@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipa_kernels.masking import philox_bits, philox_uniform
+from clipa_kernels import philox_bits, philox_uniform
 
 from .augment import Augmentation, augment, resize
 from .emoji import FORMS, EmojiPairs

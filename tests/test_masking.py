@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clipa_kernels import masking
+from clipa_kernels import _philox, masking, philox_bits, philox_uniform
 from clipa_kernels.masking import (
     all_patches,
     block_patches,
     block_text,
     grid_patches,
     keep_count,
-    philox_bits,
-    philox_uniform,
     random_patches,
     random_text,
     syntax_text,
@@ -77,7 +75,7 @@ def chi_square(counts: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", KNOWN)
 def test_philox_known_answers(name):
     counter, key, words = KNOWN[name]
-    assert masking._philox4x32([torch.tensor(c) for c in counter], key).tolist() == list(words)
+    assert _philox._philox4x32([torch.tensor(c) for c in counter], key).tolist() == list(words)
     assert philox_oracle(counter, key) == list(words)
 
 
@@ -157,7 +155,9 @@ def test_random_patches_are_those_with_the_smallest_words(grid, drop):
 
 
 def test_random_patches_ties_go_to_the_lowest_index(monkeypatch):
-    monkeypatch.setattr(masking, "_bits", lambda *_: torch.tensor([[5, 1, 2**32 - 1, 1, 5, 1, 5]]))
+    monkeypatch.setattr(
+        masking, "draw_bits", lambda *_: torch.tensor([[5, 1, 2**32 - 1, 1, 5, 1, 5]])
+    )
     assert random_patches(1, (1, 7), 0.4, **KEY).tolist() == [[0, 1, 3, 5]]
 
 

@@ -1,4 +1,5 @@
-"""What the kernel files share: where they run, and how their config tables are listed."""
+"""What the kernel files share: where they run, the sum of partial sums, and how their config
+tables are listed."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 
@@ -30,6 +33,69 @@ def pointer(dtype: torch.dtype) -> str:
     """Triton's name for a pointer to a dtype: "*bf16"."""
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     return names[dtype]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., D] as [T, D] with dense rows; copied where its strides allow no such view."""
+    x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def rows_a_program(rows: int, programs: int, least: int) -> int:
+    """Rows that each of at most `programs` walks: a multiple of `least`, which bounds the partial
+    sums beside the rows themselves."""
+    return max(least, cdiv(cdiv(rows, programs), least) * least)
+
+
+@triton.jit
+def _sum_partial_kernel(
+    partial_ptr,
+    first_ptr, second_ptr,
+    parts, D,
+    SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums of partial [parts, SUMS, D] over the parts, in order: first [D] and second [D]."""
+    which = tl.program_id(1)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    offs_p = tl.arange(0, BLOCK_P)
+    # [BLOCK_P, BLOCK_D]
+    partial_ptrs = partial_ptr + ((offs_p * SUMS + which) * D)[:, None] + offs_d[None, :]
+    acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    for part in range(0, parts, BLOCK_P):
+        mask_p = offs_p < parts - part
+        acc += tl.load(partial_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
+        partial_ptrs += BLOCK_P * SUMS * D
+    total = tl.sum(acc, 0)
+    if SUMS == 1 or which == 0:
+        tl.store(first_ptr + offs_d, total.to(first_ptr.dtype.element_ty), mask=mask_d)
+    else:
+        tl.store(second_ptr + offs_d, total.to(second_ptr.dtype.element_ty), mask=mask_d)
+
+
+_SUM_BLOCK = dict(BLOCK_P=64, BLOCK_D=32)  # whole 128-byte lines, and programs for all of a GPU
+
+
+def sum_partial(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    """partial [parts, sums, D], fp32, summed over its parts: [D] in each of one or two dtypes."""
+    parts, sums, d = partial.shape
+    out = [partial.new_empty(d, dtype=dtype) for dtype in dtypes]
+    _sum_partial_kernel[(cdiv(d, _SUM_BLOCK["BLOCK_D"]), sums)](
+        partial,
+        out[0], out[-1],
+        parts, d,
+        SUMS=sums, **_SUM_BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def sum_case(sums: int, dtype: torch.dtype) -> Case:
+    """The row of sum_partial, for the cases of the files that use it."""
+    signature = dict(partial_ptr="*fp32", first_ptr=pointer(dtype), second_ptr=pointer(dtype))
+    signature |= dict(parts="i32", D="i32")
+    constexprs = dict(SUMS=sums) | _SUM_BLOCK
+    return Case(f"sum {sums} {pointer(dtype)[1:]}", _sum_partial_kernel, signature, constexprs, 4)
 
 
 class Case(NamedTuple):

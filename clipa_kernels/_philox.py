@@ -1,0 +1,71 @@
+"""Philox4x32-10 in plain torch, exact on any device; counter and key as in masking.py."""
+
+import torch
+from torch import Tensor
+
+from ._check import require_int, require_vectors
+
+LOW = 0xFFFFFFFF
+
+
+def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Random 32-bit words, a row for each sample, from (seed, step, stream, sample, column) alone.
+
+    Args:
+        seed: key of the run, in [0, 2**64).
+        step: training step, in [0, 2**32).
+        samples: int32 or int64 [B], global indices in [0, 2**48) (values checked on the CPU only).
+        count: words for each sample; 0 gives an empty result.
+        stream: what the words are for, in [0, 2**16); streams are independent.
+    Returns: int64 [B, count] on the device of samples, values in [0, 2**32).
+    Raises:
+        TypeError: samples is not an integer tensor, or a number is not an integer.
+        ValueError: samples is not one-dimensional, or a value is out of its range.
+    Source: Philox4x32-10 of Salmon et al. 2011; counter and key as in masking.py.
+
+    >>> [hex(word) for word in philox_bits(0, 0, torch.tensor([0]), 4)[0].tolist()]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    function = "philox_bits"
+    require_vectors(function, samples=samples)
+    require_int(function, 0, 2**64, seed=seed)
+    require_int(function, 0, 2**32, step=step, count=count)
+    require_int(function, 0, 2**16, stream=stream)
+    if samples.device.type == "cpu" and len(samples):
+        for bound in samples.aminmax():
+            require_int(function, 0, 2**48, sample=int(bound))
+    return draw_bits(seed, step, samples.long(), count, stream)
+
+
+def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1): the upper 24 bits of philox_bits, times 2**-24.
+
+    Args, Raises: as philox_bits.
+    Returns: float32 [B, count] on the device of samples, equal on all devices.
+    """
+    return (philox_bits(seed, step, samples, count, stream=stream) >> 8).float() * 2**-24
+
+
+def draw_words(seed: int, step: int, stream: int, samples: Tensor, blocks: Tensor) -> Tensor:
+    """int64 [..., 4]: the four words of each counter, samples and blocks broadcast to [...]."""
+    counter = (blocks, samples & LOW, step, (samples >> 32 << 16) | stream)
+    return _philox4x32(counter, (seed & LOW, seed >> 32))
+
+
+def _philox4x32(counter: tuple, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10 of four int64 tensors (or ints) of uint32 values: int64 [..., 4]."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # A product wraps modulo 2**64 and the shift drags its sign along: the mask removes it.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((b >> 32) & LOW) ^ c1 ^ k0, b & LOW
+        c2, c3 = ((a >> 32) & LOW) ^ c3 ^ k1, a & LOW
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+
+
+def draw_bits(seed: int, step: int, samples: Tensor, count: int, stream: int) -> Tensor:
+    """philox_bits without its checks."""
+    blocks = torch.arange((count + 3) // 4, device=samples.device)
+    return draw_words(seed, step, stream, samples[:, None], blocks).flatten(1)[:, :count]

@@ -1,0 +1,354 @@
+"""Kept patches straight into the product on a GPU: no pixel is copied, no dropped one is read.
+
+    forward    an implicit product: a tile of patches is gathered by index while it is multiplied;
+               bias and position are added to the sums before the one rounding; further programs of
+               the same launch write the prefix rows
+    backward   the weight's gradient is the same product from the other side, patches gathered
+               again, in a few splits of the tokens that a second launch adds in order; positions,
+               prefix and bias are sums of rows sorted by index. No atomics.
+
+A patch is RUNS runs of RUN pixels next to each other (HWC: its rows; CHW: its rows, channel by
+channel). A run that is no multiple of 16, as of 14-pixel patches, begins at any byte: it is read as
+words of four pixels, two words shifted into one, and padded to 16 against zero weights. A patchify
+pass would write and read each kept patch once more: 1.3 to 1.7 of the minimum at widths to 1280.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Case, cdiv, pointer, sum_partial
+
+_SPLITS = 8  # of the tokens in the weight's gradient: their sums stay small beside the tokens
+_SUM_ROWS = 16
+
+
+def padded(run: int, dtype: torch.dtype) -> int:
+    """Columns of the weight for a run: uint8 runs go to a multiple of 16."""
+    return cdiv(run, 16) * 16 if dtype == torch.uint8 else run
+
+
+def blocks(dtype: torch.dtype, run: int) -> dict[str, int]:
+    """Tile of tokens, width and pixels: 128 x 128 x 64 is the most that no GPU spills; padded runs
+    end on a multiple of 32 more often than of 64."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if run % 16 else 64)
+
+
+@triton.jit
+def _pixel(columns, stride_o, stride_y, stride_e, RUN, PADDED: tl.constexpr, SIDE: tl.constexpr):
+    """(place in the run, offset from the patch's first pixel) of columns of the weight."""
+    run = columns // PADDED
+    place = columns % PADDED
+    return place, run // SIDE * stride_o + run % SIDE * stride_y + place * stride_e
+
+
+@triton.jit
+def _patches(
+    images_ptr, base, mask_m, start_k, K,
+    stride_o, stride_y, stride_e,
+    DTYPE: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr,
+    WORDS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns start_k and on of the patches whose first pixels lie at base: [BLOCK_M, BLOCK_K]."""
+    if WORDS:
+        quads = start_k + tl.arange(0, BLOCK_K // 4) * 4
+        place, offset = _pixel(quads, stride_o, stride_y, stride_e, RUN, PADDED, SIDE)
+        mask = mask_m[:, None] & ((quads < K) & (place < RUN))[None, :]
+        # [BLOCK_M, BLOCK_K / 4], bytes; the last byte of a quad may be outside the run
+        first = base[:, None] + offset[None, :]
+        last = first + tl.minimum(3, RUN - 1 - place)[None, :]
+        words_ptr = images_ptr.to(tl.pointer_type(tl.uint32))
+        low = tl.load(words_ptr + (first >> 2), mask=mask, other=0).to(tl.uint64)
+        high = tl.load(words_ptr + (last >> 2), mask=mask, other=0).to(tl.uint64)
+        four = ((low | (high << 32)) >> ((first & 3) * 8).to(tl.uint64)).to(tl.uint32)
+        shifts = (tl.arange(0, 4) * 8).to(tl.uint32)
+        pixels = (four[:, :, None] >> shifts[None, None, :]) & 255
+        pixels = tl.reshape(pixels, (BLOCK_M, BLOCK_K))
+    else:
+        columns = start_k + tl.arange(0, BLOCK_K)
+        place, offset = _pixel(columns, stride_o, stride_y, stride_e, RUN, PADDED, SIDE)
+        mask = mask_m[:, None]
+        if not EVEN_K or PADDED != RUN:
+            mask = mask & ((columns < K) & (place < RUN))[None, :]
+        pixels = tl.load(images_ptr + base[:, None] + offset[None, :], mask=mask, other=0)
+    return pixels.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
+def _first_pixels(
+    keep_ptr, offs_m, mask_m, kept, columns,
+    stride_b, stride_py, stride_px,
+    HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """(patch number, offset of its first pixel) of the kept patches offs_m of the batch."""
+    image = offs_m // kept
+    index = offs_m % kept
+    if HAS_KEEP:
+        index = tl.load(keep_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    base = image * stride_b + index // columns * stride_py + index % columns * stride_px
+    return index, base
+
+
+@triton.jit
+def _patch_embed_fwd_kernel(
+    images_ptr, keep_ptr, weight_ptr, bias_ptr, table_ptr,
+    out_ptr,
+    patches, batch, kept, columns, prefix, D, K,
+    stride_b, stride_py, stride_px, stride_o, stride_y, stride_e,
+    HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr,
+    SIDE: tl.constexpr, WORDS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [batch, prefix + kept, D], dense."""
+    tiles_n = tl.cdiv(D, BLOCK_N)
+    tiles = tl.cdiv(patches, BLOCK_M) * tiles_n
+    program = tl.program_id(0)
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    offs_n = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < D
+    if program < tiles:
+        offs_m = (program // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < patches
+        index, base = _first_pixels(
+            keep_ptr, offs_m, mask_m, kept, columns, stride_b, stride_py, stride_px, HAS_KEEP
+        )
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for start_k in range(0, K, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            # [BLOCK_M, BLOCK_K]
+            x = _patches(
+                images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
+                DTYPE, RUN, PADDED, SIDE, WORDS, EVEN_K, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            # [BLOCK_K, BLOCK_N]
+            weight_ptrs = weight_ptr + offs_n[None, :].to(tl.int64) * K + offs_k[:, None]
+            mask_k = mask_n[None, :]
+            if not EVEN_K:
+                mask_k = mask_k & (offs_k < K)[:, None]
+            acc = tl.dot(
+                x, tl.load(weight_ptrs, mask=mask_k, other=0.0), acc, input_precision=PRECISION
+            )
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        mask = mask_m[:, None] & mask_n[None, :]
+        table_ptrs = table_ptr + (prefix + index)[:, None] * D + offs_n[None, :]
+        acc += tl.load(table_ptrs, mask=mask, other=0.0).to(tl.float32)
+        row = offs_m // kept * (prefix + kept) + prefix + offs_m % kept
+        out_ptrs = out_ptr + row[:, None] * D + offs_n[None, :]
+        tl.store(out_ptrs, acc.to(DTYPE), mask=mask)
+    else:
+        offs_r = ((program - tiles) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (offs_r < batch * prefix)[:, None] & mask_n[None, :]
+        table_ptrs = table_ptr + (offs_r % prefix)[:, None] * D + offs_n[None, :]
+        row = offs_r // prefix * (prefix + kept) + offs_r % prefix
+        out_ptrs = out_ptr + row[:, None] * D + offs_n[None, :]
+        tl.store(out_ptrs, tl.load(table_ptrs, mask=mask, other=0.0).to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _patch_embed_bwd_weight_kernel(
+    d_out_ptr, images_ptr, keep_ptr,
+    partial_ptr,
+    patches, kept, columns, prefix, D, K, walked,
+    stride_b, stride_py, stride_px, stride_o, stride_y, stride_e,
+    HAS_KEEP: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr,
+    SIDE: tl.constexpr, WORDS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial [splits, 1, D, K] = d_out' patches over the `walked` patches of a split."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tiles = tiles_k * tl.cdiv(D, BLOCK_N)
+    split = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    offs_n = tile // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < D
+    start_k = tile % tiles_k * BLOCK_K
+    DTYPE: tl.constexpr = d_out_ptr.dtype.element_ty
+    end = tl.minimum((split + 1) * walked, patches)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    for first in range(split * walked, end, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        _, base = _first_pixels(
+            keep_ptr, offs_m, mask_m, kept, columns, stride_b, stride_py, stride_px, HAS_KEEP
+        )
+        # [BLOCK_M, BLOCK_K]
+        x = _patches(
+            images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
+            DTYPE, RUN, PADDED, SIDE, WORDS, EVEN_K, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        # [BLOCK_N, BLOCK_M]
+        row = offs_m // kept * (prefix + kept) + prefix + offs_m % kept
+        d_out_ptrs = d_out_ptr + row[None, :] * D + offs_n[:, None]
+        d_out = tl.load(d_out_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        acc = tl.dot(d_out, x, acc, input_precision=PRECISION)
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    partial_ptrs = partial_ptr + (split * D + offs_n)[:, None] * K + offs_k[None, :]
+    tl.store(partial_ptrs, acc, mask=mask_n[:, None] & (offs_k < K)[None, :])
+
+
+@triton.jit
+def _sum_sorted_kernel(
+    d_out_ptr, order_ptr, ends_ptr,
+    sums_ptr,
+    D,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """sums [rows of the table, D]: of the rows of d_out whose position it is, in their order."""
+    position = tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    start = tl.load(ends_ptr + position)
+    end = tl.load(ends_ptr + position + 1)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for first in range(start, end, BLOCK_R):
+        offs_r = first + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < end
+        row = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
+        d_out_ptrs = d_out_ptr + row[:, None] * D + offs_d[None, :]
+        d_out = tl.load(d_out_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+        acc += d_out.to(tl.float32)
+    tl.store(sums_ptr + position.to(tl.int64) * D + offs_d, tl.sum(acc, 0), mask=mask_d)
+
+
+def is_hwc(images: Tensor) -> bool:
+    """Whether a row of a patch, all channels, is one run; else a channel's row is."""
+    return images.stride(1) == 1 and images.stride(3) == images.shape[1]
+
+
+def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Strides and constexprs that the product's kernels share."""
+    channels, hwc = images.shape[1], is_hwc(images)
+    b, c, y, x = images.stride()
+    run = side * channels if hwc else side
+    extent = sum((n - 1) * s for n, s in zip(images.shape, images.stride(), strict=True)) + 1
+    words = images.dtype == torch.uint8 and run % 16 != 0
+    words = words and images.data_ptr() % 4 == 0 and extent % 4 == 0 and (hwc or x == 1)
+    strides = (b, side * y, side * x, 0 if hwc else c, y, 1 if hwc else x)
+    return strides, dict(RUN=run, PADDED=padded(run, images.dtype), SIDE=side, WORDS=words)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def forward(
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    side: int,
+    prefix: int,
+) -> Tensor:
+    """[B, prefix + K, D]; weight [D, runs * padded run]; table [prefix + L, D]: what is added."""
+    batch, columns = images.shape[0], images.shape[3] // side
+    kept = table.shape[0] - prefix if keep is None else keep.shape[1]
+    d, k = weight.shape
+    out = weight.new_empty(batch, prefix + kept, d)
+    if not batch:
+        return out
+    strides, layout = _layout(images, side)
+    block = blocks(weight.dtype, layout["RUN"])
+    tiles_m = cdiv(batch * kept, block["BLOCK_M"]) + cdiv(batch * prefix, block["BLOCK_M"])
+    weight, table = weight.contiguous(), table.contiguous()
+    _patch_embed_fwd_kernel[(tiles_m * cdiv(d, block["BLOCK_N"]),)](
+        images, images if keep is None else keep.contiguous(), weight,
+        weight if bias is None else bias.contiguous(), table,
+        out,
+        batch * kept, batch, kept, columns, prefix, d, k,
+        *strides,
+        HAS_KEEP=keep is not None, HAS_BIAS=bias is not None, **layout,
+        EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
+        num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
+    )  # fmt: skip
+    return out
+
+
+def weight_grad(
+    d_out: Tensor, images: Tensor, keep: Tensor | None, weight: Tensor, side: int, prefix: int
+) -> Tensor:
+    """The gradient of the weight, in its shape and dtype; d_out dense."""
+    batch, columns = images.shape[0], images.shape[3] // side
+    kept, (d, k) = d_out.shape[1] - prefix, weight.shape
+    strides, layout = _layout(images, side)
+    block = blocks(weight.dtype, layout["RUN"])
+    block["BLOCK_M"] = 64 if weight.element_size() == 2 else 32
+    walked = max(1, cdiv(cdiv(batch * kept, _SPLITS), block["BLOCK_M"])) * block["BLOCK_M"]
+    splits = cdiv(batch * kept, walked)
+    partial = weight.new_empty(splits, 1, d * k, dtype=torch.float32)
+    if batch:
+        tiles = cdiv(d, block["BLOCK_N"]) * cdiv(k, block["BLOCK_K"])
+        _patch_embed_bwd_weight_kernel[(splits * tiles,)](
+            d_out, images, images if keep is None else keep.contiguous(),
+            partial,
+            batch * kept, kept, columns, prefix, d, k, walked,
+            *strides,
+            HAS_KEEP=keep is not None, **layout,
+            EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
+            num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
+        )  # fmt: skip
+    return sum_partial(partial, weight.dtype)[0].view(d, k)
+
+
+def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
+    """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table, sorted, so in a fixed order."""
+    batch, size, d = d_out.shape
+    index = torch.arange(size, device=d_out.device).expand(batch, size)
+    if keep is not None:
+        index = torch.cat((index[:, :prefix], keep + prefix), 1)
+    index, order = index.flatten().sort(stable=True)
+    ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
+    sums = d_out.new_empty(rows, d, dtype=torch.float32)
+    block = min(256, max(16, triton.next_power_of_2(d)))
+    _sum_sorted_kernel[(rows, cdiv(d, block))](
+        d_out, order, ends,
+        sums,
+        d,
+        BLOCK_R=_SUM_ROWS, BLOCK_D=block,
+        num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+def cases() -> Iterator[Case]:
+    """uint8 of 16 and 14 pixels in HWC, 14 in CHW, and floating images, in bf16; fp16 and fp32."""
+    strides = ("stride_b", "stride_py", "stride_px", "stride_o", "stride_y")
+    for images, dtype, side, run in (
+        (torch.uint8, torch.bfloat16, 16, 48),
+        (torch.uint8, torch.bfloat16, 14, 42),
+        (torch.uint8, torch.bfloat16, 14, 14),
+        (torch.bfloat16, torch.bfloat16, 16, 16),
+        (torch.uint8, torch.float16, 16, 48),
+        (torch.uint8, torch.float32, 16, 48),
+    ):
+        block, words = blocks(dtype, run), run % 16 != 0
+        layout = dict(RUN=run, PADDED=padded(run, images), SIDE=side, WORDS=words, stride_e=1)
+        layout |= dict(HAS_KEEP=True, EVEN_K=True, PRECISION="ieee")
+        pixels = "*u8" if images == torch.uint8 else pointer(images)
+        inputs = dict(images_ptr=pixels, keep_ptr="*i64") | dict.fromkeys(strides, "i32")
+        sizes = ("patches", "kept", "columns", "prefix", "D", "K")
+        inputs |= dict.fromkeys(sizes, "i32")
+        unaligned = ("patches", "batch", "kept", "columns", "prefix")
+        unaligned += strides[1:] if words else ()
+        stages = 3 if dtype.itemsize == 2 else 2
+        name = f"{pixels[1:]} {pointer(dtype)[1:]} {side} px, runs of {run}"
+        more = dict.fromkeys(("weight_ptr", "out_ptr", "bias_ptr"), pointer(dtype))
+        yield Case(
+            f"forward {name}", _patch_embed_fwd_kernel,
+            inputs | more | dict(table_ptr="*fp32", batch="i32"),
+            layout | dict(HAS_BIAS=True) | block, 8, stages, unaligned=unaligned,
+        )  # fmt: skip
+        block["BLOCK_M"] = 64 if dtype.itemsize == 2 else 32
+        more = dict(d_out_ptr=pointer(dtype), partial_ptr="*fp32", walked="i32")
+        yield Case(
+            f"backward {name}", _patch_embed_bwd_weight_kernel, inputs | more,
+            layout | block, 8, stages, unaligned=unaligned,
+        )  # fmt: skip
+    sums = dict(d_out_ptr="*bf16", order_ptr="*i64", ends_ptr="*i64", sums_ptr="*fp32", D="i32")
+    yield Case("sorted sums", _sum_sorted_kernel, sums, dict(BLOCK_R=_SUM_ROWS, BLOCK_D=256), 4)

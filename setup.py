@@ -24,8 +24,24 @@ train = [
     "ftfy",  # CLIP's vocabulary mends broken text with it
     "textblob>=0.20.1",  # the part-of-speech lexicon for syntax masking
 ]
-bench = ["pytest", "pytest-benchmark", "open_clip_torch==3.3.0", "memeff==0.3.1", "inf_cl==1.2.1"]
-test = [*train, "pytest", "open_clip_torch==3.3.0", "ruff", "build", "setuptools", "wheel"]
+bench = [
+    "pytest",
+    "pytest-xdist",
+    "pytest-benchmark",
+    "open_clip_torch==3.3.0",
+    "memeff==0.3.1",
+    "inf_cl==1.2.1",
+]
+test = [
+    *train,
+    "pytest",
+    "pytest-xdist",
+    "open_clip_torch==3.3.0",
+    "ruff",
+    "build",
+    "setuptools",
+    "wheel",
+]
 
 setup(
     name="clipa-kernels",

@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # kernels does so in processes without it (tests/test_compiled.py). On a GPU, TRITON_INTERPRET=0
 # pytest runs the kernels there.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,8 @@ TABLE = {
 @pytest.mark.parametrize(("row", "most"), TABLE.items(), ids=str)
 def test_operations_and_bytes(row, most):
     """Useful: 2 products forward, 5 backward. Least bytes: q, k, v, o; q, k, v, dO, dq, dk, dv."""
-    (length, size), batch, heads = row, 2, 16
+    (length, size), batch = row, 2
+    heads = 16 if length <= 64 else 2  # programs alike; the interpreter takes its time
     forward, backward = passes([length] * batch, heads, size)
     product = 2 * length * length * size * batch * heads
     tensor = 2 * length * batch * heads * size
@@ -110,7 +111,7 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(2) as pool:
         rows = list(pool.map(compiled, *zip(*wanted)))
     print(table(rows))
-    assert len(rows) >= 150
+    assert len(rows) >= 162
     failed = []
     for row in rows:
         name, shape, dtype, *_ = row.label.split()

@@ -306,9 +306,10 @@ def _attention_long_bwd_kernel(
 def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
     """Rows of the block for what is left of one length after full blocks; 0 is none.
 
-    Heads above 80 go without: with the code of a second block they spill on sm_80.
+    Wide heads go without: with the code of a second block they spill on sm_80.
     """
-    left = max_seqlen % block if uniform and head_dim <= 80 else 0
+    fits = head_dim <= (80 if max_seqlen <= 256 else 64)
+    left = max_seqlen % block if uniform and fits else 0
     return max(16, triton.next_power_of_2(left)) if left else 0
 
 

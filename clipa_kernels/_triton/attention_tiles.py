@@ -42,8 +42,9 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
         return Config(64, 64, 4, 1)  # 64 rows and 4 warps are what wgmma takes
     if head_dim > 112:
         return Config(64, 32, 8, 1)  # two accumulators of 64 x 128: 4 warps spill on sm_80
-    if head_dim > 96:
-        return Config(64, 16, 4, 1)  # three chunks: steps of 32 spill in the backward on sm_80
+    if head_dim > 96 or (head_dim > 80 and max_seqlen > 256):
+        # Three chunks, or the statistics of more queries: steps of 32 spill backward on sm_80.
+        return Config(64, 16, 4, 1)
     return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
 
 
@@ -217,6 +218,8 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
     """(dtype, longest, head size, causal, uniform) of the cases to compile."""
     for head_dim in (64, 80, 88, 104, 128):
         yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
+        if head_dim in (80, 88):
+            yield torch.bfloat16, 577, head_dim, False, True
     yield torch.bfloat16, 16, 64, False, True
     yield torch.bfloat16, 77, 64, True, False
     yield torch.float16, 37, 80, True, False

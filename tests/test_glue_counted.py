@@ -148,7 +148,7 @@ if __name__ == "__main__":
 
 
 def test_machine_code_of_every_row(tmp_path):
-    """Every rung and variant for three architectures: nothing spills, loads are whole vectors."""
+    """Each rung and variant for three architectures: nothing spills, loads are whole vectors."""
     program = tmp_path / "machine_code.py"
     program.write_text(MACHINE_CODE)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

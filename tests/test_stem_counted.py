@@ -1,0 +1,117 @@
+"""What the patch stem asks of a GPU, counted without one: bytes, operations, new tensors, code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.counted import counted
+from clipa_kernels import patch_embed, random_patches
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of empty lanes
+CHANNELS, GRID, DROP = 3, 4, 0.5
+
+
+def stem(side, batch, width, layout="hwc"):
+    """(images, keep, parameters) in fp16 with half of the patches kept."""
+    shape = (batch, GRID * side, GRID * side, CHANNELS)
+    images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    keep = random_patches(batch, (GRID, GRID), DROP, seed=0, step=0)
+    parameters = [
+        torch.randn(width, CHANNELS, side, side),
+        torch.randn(width),
+        torch.randn(1 + GRID**2, width),
+        torch.randn(width),
+    ]
+    images = images if layout == "hwc" else images.contiguous()
+    return images, keep, [(p / side).half().requires_grad_() for p in parameters]
+
+
+def passes(images, keep, parameters):
+    torch.use_deterministic_algorithms(False)  # or filling memory with NaN would count
+    with counted() as forward:
+        tokens = patch_embed(images, keep, *parameters, impl="triton").tokens
+    with counted() as backward:
+        torch.autograd.grad(tokens, parameters, torch.ones_like(tokens))
+    for launch in (*forward.launches, *backward.launches):
+        assert (launch.hazards, launch.out_of_bounds, launch.atomics) == (0, 0, 0), launch
+    return forward, backward
+
+
+@pytest.mark.parametrize(
+    ("side", "most_flops", "layout"),
+    [(16, 1.05, "hwc"), (14, 1.2, "hwc"), (14, 1.2, "chw")],
+    ids=["p16", "p14", "p14-chw"],
+)
+def test_the_product_reads_kept_pixels_once(side, most_flops, layout):
+    batch, width = 32, 256
+    images, keep, parameters = stem(side, batch, width, layout)
+    forward, backward = passes(images, keep, parameters)
+    kept, pixels = keep.numel(), CHANNELS * side**2
+    out, weight = batch * (1 + keep.shape[1]) * width * 2, width * pixels * 2
+    small = (keep.numel() * 8) + (2 + GRID**2) * width * 2  # indices, bias and positions
+    least = kept * pixels + out + weight + small
+    (launch,) = forward.launches
+    assert launch.unique <= 1.1 * least  # zero columns of padded runs are the rest
+    assert launch.requested <= 4.3 * least
+    assert launch.flops <= most_flops * 2 * kept * pixels * width
+    weight_launch, *others = [x for x in backward.launches if "weight" in x.kernel]
+    assert not others
+    splits_bytes = weight_launch.unique_stored
+    assert weight_launch.unique_loaded <= 1.1 * (kept * pixels + out)
+    assert weight_launch.flops <= most_flops * 2 * kept * pixels * width
+    assert splits_bytes <= 8 * 4 * width * pixels * 1.15
+    assert sum(x.launches for x in (forward.total(), backward.total())) <= 60
+
+
+@pytest.mark.parametrize("side", [16, 14], ids=["p16", "p14"])
+def test_no_tensor_of_all_patches_and_no_float_image(side):
+    """The forward makes its tokens and what depends on the parameters alone."""
+    images, keep, parameters = stem(side, 128, 16)
+    forward, _ = passes(images, keep, parameters)
+    tokens = 128 * (1 + keep.shape[1]) * 16 * 2
+    folded = 8 * parameters[0].numel() * 4
+    assert forward.new_bytes <= tokens + folded + 64 * 1024
+    assert folded + 64 * 1024 < images.numel()
+
+
+MACHINE_CODE = """
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+from bench.compiled import compile_case, discovered, table
+
+OPS = ["patch_embed", "masking"]
+
+def compiled(index, arch):
+    return compile_case(list(discovered(OPS))[index], arch)
+
+if __name__ == "__main__":
+    wanted = list(itertools.product(range(len(list(discovered(OPS)))), (80, 90, 100)))
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(compiled, *zip(*wanted)))
+    print(table(rows))
+    assert rows
+    for row in rows:
+        assert not row.spill_stores and not row.spill_loads and row.fits, row
+        if " px" in row.label:
+            assert min(row.load_widths) >= 4, row  # words, also of 14-pixel patches
+            if "fp32" not in row.label:
+                cores = {80: {"mma.sync"}, 90: {"wgmma"}, 100: {"tcgen05"}}[row.arch]
+                assert set(+row.tensor_core) == cores, row
+"""
+
+
+def test_machine_code_of_every_row(tmp_path):
+    """Every row for three architectures: nothing spills, tensor cores, no load of single bytes."""
+    program = tmp_path / "machine_code.py"
+    program.write_text(MACHINE_CODE)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, program], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

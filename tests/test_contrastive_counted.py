@@ -108,7 +108,7 @@ def test_memory_of_the_torch_path():
 
 
 MACHINE_CODE = """
-import itertools
+
 from concurrent.futures import ProcessPoolExecutor
 from bench.compiled import compile_case, discovered, table
 
@@ -118,7 +118,7 @@ def compiled(index, arch):
     return compile_case(list(discovered(OPS))[index], arch)
 
 if __name__ == "__main__":
-    wanted = list(itertools.product(range(len(list(discovered(OPS)))), (80, 90, 100)))
+    wanted = [(i, a) for i, case in enumerate(discovered(OPS)) for a in case.archs]
     with ProcessPoolExecutor(2) as pool:
         rows = list(pool.map(compiled, *zip(*wanted)))
     print(table(rows))

@@ -29,6 +29,13 @@ def runs_on(device: torch.device) -> bool:
         return False
 
 
+def arch() -> int:
+    """The compute capability that kernels are compiled for, 80 for sm_80; 90 when interpreted."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
 def pointer(dtype: torch.dtype) -> str:
     """Triton's name for a pointer to a dtype: "*bf16"."""
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}

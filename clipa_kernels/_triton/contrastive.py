@@ -19,18 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, pointer
+from .common import Case, arch, cdiv, pointer
 from .contrastive_tiles import (
     LN2,
     LOG2E,
     config_for,
     constexprs,
-    dtypes_and_widths,
     halves,
     is_positive,
     log1p,
     products,
     rowwise,
+    rungs,
     signature,
 )
 
@@ -255,7 +255,7 @@ def _tile_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = rowwise(image), rowwise(text)
     (m, d), n = x.shape, y.shape[0]
-    config = config_for(d, x.element_size())
+    config = config_for(d, x.element_size(), arch())
     tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
     down, across = block_for(tiles_m, tiles_n)
     blocks_m, blocks_n = cdiv(tiles_m, down), cdiv(tiles_n, across)
@@ -292,8 +292,8 @@ def _merge_launch(partial: list[Tensor], rows: Tensor, cols: Tensor, loss: Tenso
 
 def cases() -> Iterator[Case]:
     """Every rung of the table with every variant of the kernels."""
-    for dtype, width in dtypes_and_widths():
-        config = config_for(width, dtype.itemsize)
+    for dtype, width, archs in rungs():
+        config = config_for(width, dtype.itemsize, archs[0])
         yield Case(
             f"forward {pointer(dtype)[1:]} D={width}",
             _contrastive_fwd_kernel,
@@ -303,6 +303,7 @@ def cases() -> Iterator[Case]:
             dict(SLOTS=2 * MOST_ACROSS, PAIRED=dtype == torch.float32) | constexprs(config, width),
             config.num_warps,
             config.num_stages,
+            archs,
         )
     pointers = ("row_lse_ptr", "col_lse_ptr", "rows_ptr", "cols_ptr", "loss_ptr")
     merge = dict.fromkeys(pointers, "*fp32")

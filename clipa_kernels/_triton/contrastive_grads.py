@@ -16,17 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, pointer
+from .common import Case, arch, cdiv, pointer
 from .contrastive_tiles import (
     LOG2E,
     config_for,
     constexprs,
-    dtypes_and_widths,
     halves,
     is_positive,
     log1p,
     products,
     rowwise,
+    rungs,
     signature,
 )
 
@@ -188,7 +188,7 @@ def _strip_pass(
     """Strip by strip: G, then dX = G Y and dY += G' X in dtype; and the sums of every tile."""
     x, y = rowwise(image), rowwise(text)
     (m, d), n = x.shape, y.shape[0]
-    config = config_for(d, x.element_size())
+    config = config_for(d, x.element_size(), arch())
     strips = cdiv(m, STRIP_ROWS[x.element_size()])
     height = cdiv(cdiv(m, strips), config.block_m) * config.block_m
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
@@ -245,10 +245,10 @@ def cases() -> Iterator[Case]:
     """Every rung of the table with every variant of the kernel."""
     pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "d_loss_ptr", "parts_ptr")
     sizes = ("row0", "height", "part0", "parts", "stride_gm")
-    for dtype, width in dtypes_and_widths():
+    for dtype, width, archs in rungs():
         types = signature(dtype) | dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32")
         types |= dict(g_ptr=pointer(dtype), weight="fp32")
-        config = config_for(width, dtype.itemsize)
+        config = config_for(width, dtype.itemsize, archs[0])
         for sigmoid, store in ((False, True), (True, True), (False, False), (True, False)):
             name = f"{'sigmoid' if sigmoid else 'backward'}{'' if store else ', sums only,'}"
             yield Case(
@@ -258,4 +258,5 @@ def cases() -> Iterator[Case]:
                 dict(SIGMOID=sigmoid, STORE_G=store) | constexprs(config, width),
                 config.num_warps,
                 config.num_stages,
+                archs,
             )

@@ -28,10 +28,12 @@ class Config:
     num_stages: int
 
 
-def config_for(width: int, itemsize: int) -> Config:
-    """The tile for features of `width` columns of `itemsize` bytes."""
-    if itemsize == 4:
+def config_for(width: int, itemsize: int, arch: int) -> Config:
+    """The tile for features of `width` columns of `itemsize` bytes, on sm_`arch`."""
+    if itemsize == 4 and arch < 90:
         return Config(64, 64, 32, 8, 2)  # fp32 runs on the FMA units: operands come from registers
+    if itemsize == 4:
+        return Config(32, 64, 32, 4, 2)  # 64 rows spill on sm_90 and sm_100, 32 on sm_80
     if width % 64 and width < 512:
         return Config(128, 128, 32, 8, 3)  # less of the last slice is empty
     return Config(128, 128, 64, 8, 3)  # 128 x 256 spills on sm_80, sm_90 and sm_100
@@ -111,8 +113,10 @@ def signature(dtype: torch.dtype) -> dict[str, str]:
     return features | dict.fromkeys(sizes, "i32")
 
 
-def dtypes_and_widths() -> Iterator[tuple[torch.dtype, int]]:
-    """What the cases of both passes cover: all rungs in bf16, one in fp16, two in fp32."""
-    yield from ((torch.bfloat16, width) for width in WIDTHS)
-    yield torch.float16, WIDTHS[0]
-    yield from ((torch.float32, width) for width in WIDTHS[::2])
+def rungs() -> Iterator[tuple[torch.dtype, int, tuple[int, ...]]]:
+    """(dtype, width, architectures) of the cases: all rungs in bf16 and fp32, one in fp16."""
+    yield from ((torch.bfloat16, width, (80, 90, 100)) for width in WIDTHS)
+    yield torch.float16, WIDTHS[0], (80, 90, 100)
+    for width in WIDTHS[::2]:
+        yield torch.float32, width, (80,)
+        yield torch.float32, width, (90, 100)

@@ -95,7 +95,7 @@ _EMOJI = {
     "image_drop": 0.25,
     "context": 5,
     "text_mask": "random",
-    "steps": 1400,
+    "steps": 1620,
     "batch_size": 256,
     "lr": 1e-3,
     "warmup": 50,

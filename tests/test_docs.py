@@ -79,6 +79,9 @@ def test_readme_commands(tmp_path):
     from training.config import parse
 
     assert parse(flags).preset == "clipa-v1-b16"
+    # Compiling takes minutes: test_compiled.py runs this command on another file, and
+    # test_contrastive_counted.py compiles these cases.
+    assert "python -m bench.compiled contrastive" in asked
 
 
 @pytest.mark.parametrize("extra", ["train", "test"])

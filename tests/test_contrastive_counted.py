@@ -1,13 +1,9 @@
 """What the losses ask of a GPU, counted without one: operations, bytes, launches, machine code."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_nothing
 
 from bench.counted import counted
 from clipa_kernels import contrastive_loss, sigmoid_loss
@@ -107,37 +103,9 @@ def test_memory_of_the_torch_path():
     assert count.peak_bytes <= 1_461_000_000 / 5
 
 
-MACHINE_CODE = """
-
-from concurrent.futures import ProcessPoolExecutor
-from bench.compiled import compile_case, discovered, table
-
-OPS = ["contrastive", "contrastive_grads"]
-
-def compiled(index, arch):
-    return compile_case(list(discovered(OPS))[index], arch)
-
-if __name__ == "__main__":
-    wanted = [(i, a) for i, case in enumerate(discovered(OPS)) for a in case.archs]
-    with ProcessPoolExecutor(2) as pool:
-        rows = list(pool.map(compiled, *zip(*wanted)))
-    print(table(rows))
-    assert rows
-    for row in rows:
-        assert not row.spill_stores and not row.spill_loads and row.fits, row
-        if "fp32" not in row.label and "merge" not in row.label:
-            cores = {80: {"mma.sync"}, 90: {"wgmma"}, 100: {"tcgen05"}}[row.arch]
-            assert set(+row.tensor_core) == cores, row
-"""
-
-
-def test_machine_code_of_every_row(tmp_path):
+def test_machine_code_of_every_row():
     """Every rung and variant for three architectures: nothing spills, all fits, tensor cores."""
-    program = tmp_path / "machine_code.py"
-    program.write_text(MACHINE_CODE)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, program], env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    rows = machine_code("contrastive", "contrastive_grads")
+    check_rows(rows, spills_nothing)
+    products = [row for row in rows if "fp32" not in row.label and "merge" not in row.label]
+    check_rows(products, lambda row: cores(row) == {OWN_CORES[row.arch]})

@@ -1,12 +1,8 @@
 """What the glue of a block asks of a GPU, counted without one: bytes, launches, machine code."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from machine_code import check_rows, machine_code, spills_nothing
 
 from bench.counted import counted
 from clipa_kernels import add_layer_norm, bias_gelu
@@ -123,37 +119,11 @@ def test_glue_of_a_whole_block(monkeypatch, stream, most):
     assert {op.name: op.calls for op in others} == {"sum": 3}
 
 
-MACHINE_CODE = """
-import itertools
-from concurrent.futures import ProcessPoolExecutor
-from bench.compiled import compile_case, discovered, table
-
-OPS = ["layer_norm", "gelu"]
-
-def compiled(index, arch):
-    return compile_case(list(discovered(OPS))[index], arch)
-
-if __name__ == "__main__":
-    wanted = list(itertools.product(range(len(list(discovered(OPS)))), (80, 90, 100)))
-    with ProcessPoolExecutor(2) as pool:
-        rows = list(pool.map(compiled, *zip(*wanted)))
-    print(table(rows))
-    assert rows
-    for row in rows:
-        assert not row.spill_stores and not row.spill_loads and row.fits, row
-        if "bf16" in row.label and "D=100" not in row.label:  # whole vectors
-            assert max(row.load_widths) == 16 and min(row.load_widths) >= 8, row
-            assert max(row.store_widths) == 16 and min(row.store_widths) >= 8, row
-"""
-
-
-def test_machine_code_of_every_row(tmp_path):
+def test_machine_code_of_every_row():
     """Each rung and variant for three architectures: nothing spills, loads are whole vectors."""
-    program = tmp_path / "machine_code.py"
-    program.write_text(MACHINE_CODE)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, program], env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    rows = machine_code("layer_norm", "gelu")
+    check_rows(rows, spills_nothing)
+    whole = [row for row in rows if "bf16" in row.label and "D=100" not in row.label]
+    for name in ("load_widths", "store_widths"):
+        check_rows(whole, lambda row, name=name: set(getattr(row, name)) <= {8, 16})
+        check_rows(whole, lambda row, name=name: 16 in getattr(row, name))

@@ -1,12 +1,8 @@
 """What the patch stem asks of a GPU, counted without one: bytes, operations, new tensors, code."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_nothing
 
 from bench.counted import counted
 from clipa_kernels import patch_embed, random_patches
@@ -79,39 +75,11 @@ def test_no_tensor_of_all_patches_and_no_float_image(side):
     assert folded + 64 * 1024 < images.numel()
 
 
-MACHINE_CODE = """
-import itertools
-from concurrent.futures import ProcessPoolExecutor
-from bench.compiled import compile_case, discovered, table
-
-OPS = ["patch_embed", "masking"]
-
-def compiled(index, arch):
-    return compile_case(list(discovered(OPS))[index], arch)
-
-if __name__ == "__main__":
-    wanted = list(itertools.product(range(len(list(discovered(OPS)))), (80, 90, 100)))
-    with ProcessPoolExecutor(2) as pool:
-        rows = list(pool.map(compiled, *zip(*wanted)))
-    print(table(rows))
-    assert rows
-    for row in rows:
-        assert not row.spill_stores and not row.spill_loads and row.fits, row
-        if " px" in row.label:
-            assert min(row.load_widths) >= 4, row  # words, also of 14-pixel patches
-            if "fp32" not in row.label:
-                cores = {80: {"mma.sync"}, 90: {"wgmma"}, 100: {"tcgen05"}}[row.arch]
-                assert set(+row.tensor_core) == cores, row
-"""
-
-
-def test_machine_code_of_every_row(tmp_path):
+def test_machine_code_of_every_row():
     """Every row for three architectures: nothing spills, tensor cores, no load of single bytes."""
-    program = tmp_path / "machine_code.py"
-    program.write_text(MACHINE_CODE)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, program], env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    rows = machine_code("patch_embed", "masking")
+    check_rows(rows, spills_nothing)
+    pixels = [row for row in rows if " px" in row.label]
+    check_rows(pixels, lambda row: min(row.load_widths) >= 4)  # words, also of 14-pixel patches
+    products = [row for row in pixels if "fp32" not in row.label]
+    check_rows(products, lambda row: cores(row) == {OWN_CORES[row.arch]})

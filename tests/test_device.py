@@ -1,0 +1,78 @@
+"""The way of a GPU without one, on fake CUDA tensors: kernels are chosen, and no value is read."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipa_kernels import (
+    block_patches,
+    contrastive_loss,
+    grid_patches,
+    random_patches,
+    sigmoid_loss,
+)
+from clipa_kernels.packing import Packed
+from models import build
+
+grads = pytest.importorskip("clipa_kernels._triton.contrastive_grads")
+MASKS = {
+    "random": lambda **key: random_patches(4, (4, 4), 0.5, **key),
+    "grid": lambda **key: grid_patches(4, (4, 4), **key),
+    "block": lambda **key: block_patches(4, (4, 4), 0.5, **key),
+}
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dialect", ["open_clip", "openai", "clipa-v1", "clipa-v2"])
+def test_a_step_waits_for_no_value(dialect, mask, loss, dtype):
+    """Token choice, both towers and the loss: a fake tensor has no value that could be read."""
+    sizes = dict(vision=dict(image_size=32), text=dict(context=16, vocab_size=100))
+    model = build("demo", 8, dialect=dialect, logit_bias=-10.0, **sizes).to(dtype)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    longest = 5 if dialect == "clipa-v2" else 8  # its text has one length
+    with FakeTensorMode(), torch.device("cuda"), Operators() as called:
+        weights = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
+        images = torch.empty(4, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        ends = torch.empty(5, dtype=torch.int32)
+        text = Packed(torch.empty(20, dtype=torch.int64), ends, longest)
+        keep = MASKS[mask](seed=0, step=0, device="cuda")
+        out = torch.func.functional_call(model, weights, (images, text, keep))
+        value = loss(*out.values())
+    assert (value.device.type, value.dtype) == ("cuda", torch.float32)
+    own = {name for name in called.names if name.startswith("clipa::")}
+    assert own == {
+        "clipa::choose_patches",
+        "clipa::patch_embed_tokens",
+        "clipa::varlen_attention_qkvpacked",
+        "clipa::add_layer_norm",
+        "clipa::bias_gelu",
+        f"clipa::{loss.__name__}",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_librarys_products_take_these_arguments(dtype):
+    """G Y and G' X of a strip: the branches that only a GPU takes."""
+    with FakeTensorMode(), torch.device("cuda"):
+        g, x, y = (torch.empty(n, m, dtype=dtype) for n, m in ((256, 512), (256, 64), (512, 64)))
+        for out_dtype in (dtype, torch.float32):
+            out = torch.empty(300, 64, dtype=out_dtype)[:256]
+            assert grads._product(g, y, out).dtype == out_dtype
+        total = grads._add_product(None, g.t(), x)
+        total = grads._add_product(total, g.t(), x)
+    assert (total.dtype, total.shape) == (torch.float32, (512, 64))

@@ -3,7 +3,6 @@
 As a program it compiles the files named and prints their rows as JSON.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,8 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench.compiled import Row, compile_case, discovered, table
-
-COUNTED = ("tensor_core", "load_widths", "store_widths")
 
 
 def machine_code(*ops: str) -> list[Row]:
@@ -54,7 +51,7 @@ def spills_nothing(row: Row) -> bool:
 
 
 def _compiled(ops: list[str], index: int, arch: int) -> dict:
-    return dataclasses.asdict(compile_case(list(discovered(ops))[index], arch))
+    return vars(compile_case(list(discovered(ops))[index], arch))
 
 
 def main(ops: list[str]) -> None:

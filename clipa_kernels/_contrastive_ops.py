@@ -54,6 +54,7 @@ def contrastive_grads(
     scale: Tensor,
     rows: Tensor,
     cols: Tensor,
+    slope: Tensor,
     d_loss: Tensor,
     first: int,
     begin: int,
@@ -65,20 +66,20 @@ def contrastive_grads(
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         grads = _backward(kernels).softmax_grads(
-            image, text, scale, rows, cols, d_loss, pairs, tuple(wanted), wide
+            image, text, scale, rows, cols, slope, d_loss, pairs, tuple(wanted), wide
         )
     return _or_empty(grads, scale)
 
 
 @contrastive_grads.register_fake
-def _(image, text, scale, rows, cols, d_loss, first, begin, end, wanted, wide, kernels):
+def _(image, text, scale, rows, cols, slope, d_loss, first, begin, end, wanted, wide, kernels):
     return _like((image, text, scale), wanted, wide)
 
 
 @torch.library.custom_op("clipa::contrastive_loss", mutates_args=())
 def contrastive_loss(
     image: Tensor, text: Tensor, scale: Tensor, kernels: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(image.device.type, enabled=False):
         return _forward(kernels).softmax_forward(image, text, scale)
 
@@ -86,7 +87,8 @@ def contrastive_loss(
 @contrastive_loss.register_fake
 def _(image, text, scale, kernels):
     m = image.shape[0]
-    return torch.empty_like(scale), scale.new_empty(3, m), scale.new_empty(2, m)
+    slope = torch.empty_like(scale) if kernels else scale.new_empty(0)
+    return torch.empty_like(scale), scale.new_empty(3, m), scale.new_empty(2, m), slope
 
 
 def _save_contrastive(ctx, inputs, output):
@@ -95,7 +97,7 @@ def _save_contrastive(ctx, inputs, output):
     ctx.kernels = inputs[3]
 
 
-def _contrastive_backward(ctx, d_loss, _rows, _cols):
+def _contrastive_backward(ctx, d_loss, _rows, _cols, _slope):
     if d_loss is None:
         return None, None, None, None
     wanted = list(ctx.needs_input_grad[:3])

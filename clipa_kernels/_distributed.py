@@ -199,11 +199,12 @@ class _GroupContrastive(torch.autograd.Function):
         size, wanted = dist.get_world_size(ctx.group), list(ctx.needs_input_grad[:3])
         rows, own_cols = _strips.softmax_divisors(rows, own_cols, d_loss)
         cols = _all_gather(own_cols.t(), ctx.group).t().view(2, size, -1)
-        d_image, d_scale, sums, one = None, 0, [], torch.ones_like(scale)
+        d_image, d_scale, sums = None, 0, []
+        slope, one = scale.new_empty(0), torch.ones_like(scale)
         for text, pairs in zip(texts, ctx.pairs, strict=True):
             own = cols[:, :, pairs.begin : pairs.end].flatten(1)
             part, d_text, d_own_scale = _contrastive_ops.contrastive_grads(
-                image, text, scale, rows, own, one, *pairs, wanted, True, ctx.kernels
+                image, text, scale, rows, own, slope, one, *pairs, wanted, True, ctx.kernels
             )
             if wanted[0]:
                 d_image = part if d_image is None else d_image.add_(part)

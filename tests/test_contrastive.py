@@ -314,7 +314,8 @@ def test_dtypes_on_a_device_without_one(dtype):
         scale = torch.empty((), device="cuda")
         pairs = _strips.Pairs(2100, 0, 2100)
         rows, cols = _strips.softmax_stats(image, text, scale, pairs)
-        grads = _strips.softmax_grads(image, text, scale, rows, cols, scale, pairs, (True,) * 3)
+        stats = (rows, cols, scale.new_empty(0))
+        grads = _strips.softmax_grads(image, text, scale, *stats, scale, pairs, (True,) * 3)
         sigmoid = _strips.sigmoid_pass(image, text, scale, scale, pairs, (True,) * 4)
     assert [t.dtype for t in (rows, cols, *sigmoid)] == [torch.float32] * 7
     assert [g.dtype for g in grads] == [dtype, dtype, torch.float32]
@@ -332,7 +333,7 @@ def test_operators_pass_opcheck():
         ops.sigmoid_loss: (*wide, scale, bias, [True, True, False, True], *pairs, False),
         ops.contrastive_stats: (*(t.detach() for t in (*wide, scale)), *pairs, False),
         ops.contrastive_grads: (
-            *(t.detach() for t in (*wide, scale, rows, cols, scale)),
+            *(t.detach() for t in (*wide, scale, rows, cols, torch.empty(0), scale)),
             *pairs, [True, True, True], True, False,
         ),
     }  # fmt: skip

@@ -206,9 +206,10 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(contrastive_op, (image, text, scale, True))
     wanted, pairs = [True, False, True, True], (0, 0, 20)
     torch.library.opcheck(sigmoid_op, (image, text, scale, bias, wanted, *pairs, True))
-    _, rows, cols = contrastive_op(image, text, scale, True)
-    inputs = [t.detach() for t in (image, text, scale, rows, cols, torch.ones(()))]
-    torch.library.opcheck(contrastive_grads, (*inputs, *pairs, [True] * 3, False, True))
+    _, *stats = contrastive_op(image, text, scale, True)
+    inputs = [t.detach() for t in (image, text, scale, *stats, torch.ones(()))]
+    for wanted in ([True] * 3, [True, False, False], [False, False, True]):
+        torch.library.opcheck(contrastive_grads, (*inputs, *pairs, wanted, False, True))
 
 
 def test_a_dtype_without_kernels():

@@ -1,8 +1,9 @@
 """Tiles of logits on a GPU: the statistics of a softmax, and the gradient of a strip of logits.
 
-    forward    each 128 x 128 tile of S once; from it one log-sum-exp a row and one a column, each
-               with its own maximum. A program walks a block of tiles and merges what it can in
-               registers; one more launch merges the rest, N^2 / 32 to N^2 / 1024 floats in all.
+    forward    each 128 x 128 tile of S once; from it a log-sum-exp and a mean cosine for each row
+               and each column, each with its own maximum. A program walks a block of tiles and
+               merges what it can in registers; one more launch merges the rest, N^2 / 32 to
+               N^2 / 200 floats in all, into loss, divisors and, from the means, the scale's slope.
     backward   the tile again, and G, its gradient, of a strip of rows in the features' dtype; two
                library products with fp32 accumulation turn a strip into dX and dY.
 
@@ -23,11 +24,13 @@ from .common import Case, arch, cdiv, pointer
 from .contrastive_tiles import (
     LN2,
     LOG2E,
+    PART,
+    Config,
     config_for,
     constexprs,
-    halves,
     is_positive,
     log1p,
+    narrow_parts,
     products,
     rowwise,
     rungs,
@@ -48,57 +51,69 @@ def block_for(tiles_m: int, tiles_n: int) -> tuple[int, int]:
     return min(16, max(1, spare // across), tiles_m), across
 
 
+def _slots(config: Config) -> dict[str, int]:
+    return dict(SLOTS=MOST_ACROSS * config.block_n // PART.value)
+
+
 @triton.jit
-def _sums(s, AXIS: tl.constexpr):
-    """(maximum, sum of 2^(s - maximum)) along an axis; -inf counts as nothing."""
+def _sums(s, cosine, AXIS: tl.constexpr):
+    """(maximum, sum of e = 2^(s - maximum), sum of e * cosine) along an axis; -inf is nothing."""
     high = tl.maximum(tl.max(s, AXIS), LOWEST)
-    return high, tl.sum(tl.exp2(s - tl.expand_dims(high, AXIS)), AXIS)
+    e = tl.exp2(s - tl.expand_dims(high, AXIS))
+    return high, tl.sum(e, AXIS), tl.sum(e * cosine, AXIS)
 
 
 @triton.jit
-def _merge(high, total, other_high, other_total):
-    """Two (maximum, sum) as one."""
+def _merge(high, total, moment, other_high, other_total, other_moment):
+    """Two of what _sums makes as one."""
     top = tl.maximum(high, other_high)
-    return top, total * tl.exp2(high - top) + other_total * tl.exp2(other_high - top)
+    own, other = tl.exp2(high - top), tl.exp2(other_high - top)
+    return top, total * own + other_total * other, moment * own + other_moment * other
 
 
 @triton.jit
-def _store_sums(ptr, part, parts, offs, n, mask, high, total, PAIRED: tl.constexpr):
-    """One row of partial sums [parts, n]: a log-sum-exp, or PAIRED its maximum and its sum apart,
-    for fp32 features: a logarithm of 20 bits has lost 4 of a sum's digits."""
+def _store_sums(ptr, part, parts, offs, n, mask, high, total, moment, PAIRED: tl.constexpr):
+    """Partial sums into planes [parts, n]: the log-sum-exp and the mean cosine; PAIRED, for fp32
+    features, the maximum, the mean and the sum: a logarithm of 20 bits has lost 4 of its digits."""
     ptrs = ptr + part.to(tl.int64) * n + offs
+    plane = parts.to(tl.int64) * n
+    tl.store(ptrs + plane, tl.where(total > 0.0, moment / total, 0.0), mask=mask)
     if PAIRED:
         tl.store(ptrs, high, mask=mask)
-        tl.store(ptrs + parts.to(tl.int64) * n, total, mask=mask)
+        tl.store(ptrs + 2 * plane, total, mask=mask)
     else:
         tl.store(ptrs, high + tl.log2(total), mask=mask)
 
 
 @triton.jit
-def _half_stats(
-    s, row_high, row_sum, col_high, col_sum, slot,
+def _part_stats(
+    cosine, scale, row_high, row_sum, row_moment, col_high, col_sum, col_moment, slot,
     positive_ptr, offs_m, start_n, M, N, first, begin, end,
-    SLOTS: tl.constexpr, HALF: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Takes half a tile of logits into the running (maximum, sum) of its rows and columns."""
-    offs_n = start_n + tl.arange(0, HALF)
+    """Takes a part of a tile into the running (maximum, sum, moment) of its rows and columns."""
+    s = scale * cosine
+    offs_n = start_n + tl.arange(0, PART)
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     # A block of the diagonal: scalars, so the others skip it.
     top = tl.min(offs_m, 0) + first
-    if (top < start_n + HALF) & (top + offs_m.shape[0] > start_n):
+    if (top < start_n + PART) & (top + offs_m.shape[0] > start_n):
         pair = is_positive(offs_m, offs_n, first, begin, end)
         column = offs_m + first
         here = (offs_m >= begin) & (offs_m < end) & (offs_m < M)
-        here = here & (column >= start_n) & (column < start_n + HALF)
-        tl.store(positive_ptr + offs_m, tl.sum(tl.where(pair, s, 0.0), 1), mask=here)
+        here = here & (column >= start_n) & (column < start_n + PART)
+        tl.store(positive_ptr + offs_m, tl.sum(tl.where(pair, cosine, 0.0), 1), mask=here)
         s = tl.where(pair, -float("inf"), s)
     s = tl.where(inside, s, -float("inf"))
-    high, total = _sums(s, 1)
-    row_high, row_sum = _merge(row_high, row_sum, high, total)
-    high, total = _sums(s, 0)
-    high, total = _merge(col_high, col_sum, high[None, :], total[None, :])
+    high, total, moment = _sums(s, cosine, 1)
+    row_high, row_sum, row_moment = _merge(row_high, row_sum, row_moment, high, total, moment)
+    high, total, moment = _sums(s, cosine, 0)
+    high, total, moment = _merge(
+        col_high, col_sum, col_moment, high[None, :], total[None, :], moment[None, :]
+    )
     own = (tl.arange(0, SLOTS) == slot)[:, None]
-    return row_high, row_sum, tl.where(own, high, col_high), tl.where(own, total, col_sum)
+    col_high, col_sum = tl.where(own, high, col_high), tl.where(own, total, col_sum)
+    return row_high, row_sum, row_moment, col_high, col_sum, tl.where(own, moment, col_moment)
 
 
 @triton.jit
@@ -111,11 +126,11 @@ def _contrastive_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the negatives of a block of down x across tiles, 2 across <= SLOTS.
+    """Sums over the negatives of a block of down x across tiles, SLOTS parts of a tile at most.
 
-    row_lse [blocks across, M], col_lse [blocks down, N] as _store_sums; positive [M]; in bits.
+    row_lse [2 or 3, blocks across, M], col_lse [2 or 3, blocks down, N] as _store_sums, in bits;
+    positive [M], a cosine.
     """
-    HALF: tl.constexpr = BLOCK_N // 2
     # Down first: programs that run together share their columns, which stay in the L2 cache.
     blocks_m = tl.cdiv(tl.cdiv(M, BLOCK_M), down)
     blocks_n = tl.cdiv(tl.cdiv(N, BLOCK_N), across)
@@ -124,36 +139,40 @@ def _contrastive_fwd_kernel(
     rows_left = tl.cdiv(M, BLOCK_M) - block_m * down
     tiles_left = tl.cdiv(N, BLOCK_N) - block_n * across
     scale = tl.load(scale_ptr) * LOG2E
-    # [SLOTS, HALF], a slot for each half tile
-    col_high = tl.full([SLOTS, HALF], LOWEST, dtype=tl.float32)
-    col_sum = tl.zeros([SLOTS, HALF], dtype=tl.float32)
+    # [SLOTS, PART], a slot for each part of a tile
+    col_high = tl.full([SLOTS, PART], LOWEST, dtype=tl.float32)
+    col_sum = tl.zeros([SLOTS, PART], dtype=tl.float32)
+    col_moment = tl.zeros([SLOTS, PART], dtype=tl.float32)
     for i in range(tl.minimum(down, rows_left)):
         offs_m = (block_m * down + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_high = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        row_moment = tl.zeros([BLOCK_M], dtype=tl.float32)
         for j in range(tl.minimum(across, tiles_left)):
             start_n = (block_n * across + j) * BLOCK_N
             # [BLOCK_M, BLOCK_N]
-            s = scale * products(
+            cosine = products(
                 x_ptr, y_ptr, offs_m, start_n + tl.arange(0, BLOCK_N), M, N, D,
                 stride_xm, stride_yn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
             )  # fmt: skip
-            left, right = halves(s, BLOCK_M, BLOCK_N)
-            row_high, row_sum, col_high, col_sum = _half_stats(
-                left, row_high, row_sum, col_high, col_sum, 2 * j,
-                positive_ptr, offs_m, start_n, M, N, first, begin, end, SLOTS, HALF,
-            )  # fmt: skip
-            row_high, row_sum, col_high, col_sum = _half_stats(
-                right, row_high, row_sum, col_high, col_sum, 2 * j + 1,
-                positive_ptr, offs_m, start_n + HALF, M, N, first, begin, end, SLOTS, HALF,
-            )  # fmt: skip
-        mask_m = offs_m < M
-        _store_sums(row_lse_ptr, block_n, blocks_n, offs_m, M, mask_m, row_high, row_sum, PAIRED)
+            parts = narrow_parts(cosine, BLOCK_M, BLOCK_N)
+            for part in tl.static_range(BLOCK_N // PART):
+                row_high, row_sum, row_moment, col_high, col_sum, col_moment = _part_stats(
+                    parts[part], scale, row_high, row_sum, row_moment,
+                    col_high, col_sum, col_moment, j * (BLOCK_N // PART) + part,
+                    positive_ptr, offs_m, start_n + part * PART, M, N, first, begin, end, SLOTS,
+                )  # fmt: skip
+        _store_sums(
+            row_lse_ptr, block_n, blocks_n, offs_m, M, offs_m < M,
+            row_high, row_sum, row_moment, PAIRED,
+        )  # fmt: skip
     slots = tl.arange(0, SLOTS)[:, None]
-    offs_n = (block_n * 2 * across + slots) * HALF
-    offs_n = offs_n + tl.arange(0, HALF)[None, :]
-    mask_n = (offs_n < N) & (slots < 2 * across)
-    _store_sums(col_lse_ptr, block_m, blocks_m, offs_n, N, mask_n, col_high, col_sum, PAIRED)
+    offs_n = block_n * across * BLOCK_N + slots * PART + tl.arange(0, PART)[None, :]
+    mask_n = (offs_n < N) & (offs_n < (block_n + 1) * across * BLOCK_N)
+    _store_sums(
+        col_lse_ptr, block_m, blocks_m, offs_n, N, mask_n,
+        col_high, col_sum, col_moment, PAIRED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -161,84 +180,112 @@ def _merged(
     lse_ptr, offs, mask, n, parts,
     PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum) over the parts of lse [parts, n] at some columns: [BLOCK] each."""
+    """(maximum, sum, moment) over the parts of _store_sums at some columns: [BLOCK] each."""
     high = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    moment = tl.zeros([BLOCK], dtype=tl.float32)
+    plane = parts.to(tl.int64) * n
     for part in range(0, parts, PARTS):
         offs_p = part + tl.arange(0, PARTS)
         mask_p = (offs_p < parts)[:, None] & mask[None, :]
         # [PARTS, BLOCK]
         lse_ptrs = lse_ptr + offs_p.to(tl.int64)[:, None] * n + offs[None, :]
         lse = tl.load(lse_ptrs, mask=mask_p, other=-float("inf"))
+        mean = tl.load(lse_ptrs + plane, mask=mask_p, other=0.0)
+        more = tl.maximum(tl.max(lse, 0), LOWEST)
+        weights = tl.exp2(lse - more[None, :])
         if PAIRED:
-            part_sum = tl.load(lse_ptrs + parts.to(tl.int64) * n, mask=mask_p, other=0.0)
-            more = tl.maximum(tl.max(lse, 0), LOWEST)
-            summed = tl.sum(part_sum * tl.exp2(lse - more[None, :]), 0)
-        else:
-            more, summed = _sums(lse, 0)
-        high, total = _merge(high, total, more, summed)
-    return high, total
+            weights *= tl.load(lse_ptrs + 2 * plane, mask=mask_p, other=0.0)
+        part_sum, part_moment = tl.sum(weights, 0), tl.sum(weights * mean, 0)
+        high, total, moment = _merge(high, total, moment, more, part_sum, part_moment)
+    return high, total, moment
 
 
 @triton.jit
-def _half_loss(high, total, positive):
-    """(log(1 + n / p), n + p, the positive's gradient -n / (n + p)), sums in units of 2^high."""
-    x = (high - positive) * LN2 + tl.log(total)
-    loss = tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
-    divisor = tl.exp2(positive - high) + total
-    return loss, divisor, -total / divisor
+def _half_loss(high, total, moment, positive, scale, PAIRED: tl.constexpr):
+    """Of the rows or the columns, sums n in units of 2^high and p of the positive likewise: the
+    loss log(1 + n / p); its scale gradient, mean cosine of all less the positive's; what
+    softmax_grads subtracts (and, PAIRED, divides by, n + p); the positive's gradient -n / (n + p).
+    """
+    bits = positive * scale
+    x = (high - bits) * LN2 + tl.log(total)
+    # NaN, not a loss of 0, where the positive is infinite.
+    loss = tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))) + bits * 0.0
+    divisor = tl.exp2(bits - high) + total
+    shift = high if PAIRED else high + tl.log2(divisor)
+    return loss, (moment - total * positive) / divisor, shift, divisor, -total / divisor
 
 
 @triton.jit
 def _contrastive_merge_kernel(
-    row_lse_ptr, col_lse_ptr,
-    rows_ptr, cols_ptr, loss_ptr,
-    M, N, row_parts, col_parts,
+    row_lse_ptr, col_lse_ptr, scale_ptr,
+    rows_ptr, cols_ptr, loss_ptr, slope_ptr,
+    M, N, row_parts, col_parts, begin, end,
     FINISH: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums to whole ones, in rows [3, M] and cols [2, N].
 
-    FINISH (one program, M == N): rows (shift, divisor, gradient of the positive), cols (shift,
-    divisor), and the loss. Otherwise, a program a block: rows (shift, sum, positive), cols (shift,
-    sum).
+    FINISH (one program, M == N): rows (shift, divisor, gradient of the positive) and cols (shift,
+    divisor), without PAIRED no divisor, the loss and its scale gradient. Otherwise, a program a
+    block: rows (shift, sum, positive in bits, from begin to end) and cols (shift, sum).
     """
+    scale = tl.load(scale_ptr) * LOG2E
     if FINISH:
         acc = tl.zeros([BLOCK], dtype=tl.float32)
+        slopes = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, M, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = offs < M
             positive = tl.load(rows_ptr + 2 * M + offs, mask=mask, other=0.0)
-            high, total = _merged(row_lse_ptr, offs, mask, M, row_parts, PAIRED, BLOCK, PARTS)
-            by_row, divisor, d_positive = _half_loss(high, total, positive)
-            tl.store(rows_ptr + offs, high, mask=mask)
-            tl.store(rows_ptr + M + offs, divisor, mask=mask)
-            high, total = _merged(col_lse_ptr, offs, mask, N, col_parts, PAIRED, BLOCK, PARTS)
-            by_col, divisor, d_more = _half_loss(high, total, positive)
-            tl.store(cols_ptr + offs, high, mask=mask)
-            tl.store(cols_ptr + N + offs, divisor, mask=mask)
+            high, total, moment = _merged(
+                row_lse_ptr, offs, mask, M, row_parts, PAIRED, BLOCK, PARTS
+            )
+            by_row, slope, shift, divisor, d_positive = _half_loss(
+                high, total, moment, positive, scale, PAIRED
+            )
+            slopes += tl.where(mask, slope, 0.0)
+            tl.store(rows_ptr + offs, shift, mask=mask)
+            if PAIRED:
+                tl.store(rows_ptr + M + offs, divisor, mask=mask)
+            high, total, moment = _merged(
+                col_lse_ptr, offs, mask, N, col_parts, PAIRED, BLOCK, PARTS
+            )
+            by_col, slope, shift, divisor, d_more = _half_loss(
+                high, total, moment, positive, scale, PAIRED
+            )
+            slopes += tl.where(mask, slope, 0.0)
+            tl.store(cols_ptr + offs, shift, mask=mask)
+            if PAIRED:
+                tl.store(cols_ptr + N + offs, divisor, mask=mask)
             tl.store(rows_ptr + 2 * M + offs, d_positive + d_more, mask=mask)
-            # NaN, not a loss of 0, where the positive is infinite.
-            acc += tl.where(mask, by_row + by_col + positive * 0.0, 0.0)
+            acc += tl.where(mask, by_row + by_col, 0.0)
         tl.store(loss_ptr, tl.sum(acc, 0) / (2.0 * M))
+        tl.store(slope_ptr, tl.sum(slopes, 0) / (2.0 * M))
     else:
         offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask_m = offs < M
         mask_n = offs < N
-        high, total = _merged(row_lse_ptr, offs, mask_m, M, row_parts, PAIRED, BLOCK, PARTS)
+        high, total, _ = _merged(row_lse_ptr, offs, mask_m, M, row_parts, PAIRED, BLOCK, PARTS)
         tl.store(rows_ptr + offs, high, mask=mask_m)
         tl.store(rows_ptr + M + offs, total, mask=mask_m)
-        high, total = _merged(col_lse_ptr, offs, mask_n, N, col_parts, PAIRED, BLOCK, PARTS)
+        here = (offs >= begin) & (offs < end) & mask_m
+        positive = tl.load(rows_ptr + 2 * M + offs, mask=here, other=0.0)
+        tl.store(rows_ptr + 2 * M + offs, positive * scale, mask=here)
+        high, total, _ = _merged(col_lse_ptr, offs, mask_n, N, col_parts, PAIRED, BLOCK, PARTS)
         tl.store(cols_ptr + offs, high, mask=mask_n)
         tl.store(cols_ptr + N + offs, total, mask=mask_n)
 
 
-def softmax_forward(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of paired features, and rows [3, M] and cols [2, M] for softmax_grads."""
-    m = image.shape[0]
-    rows, cols, *partial = _tile_stats(image, text, scale, (0, 0, m))
-    loss = torch.empty_like(scale)
-    _merge_launch(partial, rows, cols, loss)
-    return loss, rows, cols
+def softmax_forward(
+    image: Tensor, text: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of paired features, rows [3, M] and cols [2, M] for softmax_grads, and the slope:
+    the loss's gradient for the scale."""
+    pairs = (0, 0, image.shape[0])
+    rows, cols, *partial = _tile_stats(image, text, scale, pairs)
+    loss, slope = torch.empty_like(scale), torch.empty_like(scale)
+    _merge_launch(partial, scale, rows, cols, pairs, (loss, slope))
+    return loss, rows, cols, slope
 
 
 def softmax_stats(
@@ -246,7 +293,7 @@ def softmax_stats(
 ) -> tuple[Tensor, Tensor]:
     """As _strips.softmax_stats: (shift, sum, positive) of rows and (shift, sum) of columns."""
     rows, cols, *partial = _tile_stats(image, text, scale, pairs)
-    _merge_launch(partial, rows, cols, None)
+    _merge_launch(partial, scale, rows, cols, pairs, None)
     return rows, cols
 
 
@@ -261,31 +308,37 @@ def _tile_stats(
     blocks_m, blocks_n = cdiv(tiles_m, down), cdiv(tiles_n, across)
     rows, cols = scale.new_empty(3, m), scale.new_empty(2, n)
     paired = image.element_size() == 4
-    row_lse = scale.new_empty(1 + paired, blocks_n, m)
-    col_lse = scale.new_empty(1 + paired, blocks_m, n)
+    row_lse = scale.new_empty(2 + paired, blocks_n, m)
+    col_lse = scale.new_empty(2 + paired, blocks_m, n)
     _contrastive_fwd_kernel[(blocks_m * blocks_n,)](
         x, y, scale,
         row_lse, col_lse, rows[2],
         m, n, d, *pairs, down, across,
         x.stride(0), y.stride(0),
-        SLOTS=2 * MOST_ACROSS, PAIRED=paired,
-        **constexprs(config, d),
+        PAIRED=paired, **_slots(config), **constexprs(config, d),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return rows, cols, row_lse, col_lse
 
 
-def _merge_launch(partial: list[Tensor], rows: Tensor, cols: Tensor, loss: Tensor | None) -> None:
+def _merge_launch(
+    partial: list[Tensor],
+    scale: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    pairs: tuple[int, int, int],
+    sums: tuple[Tensor, Tensor] | None,
+) -> None:
     row_lse, col_lse = partial
-    (numbers, row_parts, m), (_, col_parts, n) = row_lse.shape, col_lse.shape
+    (planes, row_parts, m), (_, col_parts, n) = row_lse.shape, col_lse.shape
     # One program for the loss: its sum is final, at a launch less than a second level.
-    block, parts, warps = (512, 8, 16) if loss is not None else (128, 8, 4)
-    grid = 1 if loss is not None else cdiv(max(m, n), block)
+    block, parts, warps = (512, 8, 16) if sums else (128, 8, 4)
+    grid = 1 if sums else cdiv(max(m, n), block)
     _contrastive_merge_kernel[(grid,)](
-        row_lse, col_lse,
-        rows, cols, rows if loss is None else loss,
-        m, n, row_parts, col_parts,
-        FINISH=loss is not None, PAIRED=numbers == 2, BLOCK=block, PARTS=parts,
+        row_lse, col_lse, scale,
+        rows, cols, *(sums or (rows, rows)),
+        m, n, row_parts, col_parts, *pairs[1:],
+        FINISH=sums is not None, PAIRED=planes == 3, BLOCK=block, PARTS=parts,
         num_warps=warps,
     )  # fmt: skip
 
@@ -300,14 +353,14 @@ def cases() -> Iterator[Case]:
             signature(dtype)
             | dict.fromkeys(("row_lse_ptr", "col_lse_ptr", "positive_ptr"), "*fp32")
             | dict(down="i32", across="i32"),
-            dict(SLOTS=2 * MOST_ACROSS, PAIRED=dtype == torch.float32) | constexprs(config, width),
+            dict(PAIRED=dtype == torch.float32) | _slots(config) | constexprs(config, width),
             config.num_warps,
             config.num_stages,
             archs,
         )
-    pointers = ("row_lse_ptr", "col_lse_ptr", "rows_ptr", "cols_ptr", "loss_ptr")
-    merge = dict.fromkeys(pointers, "*fp32")
-    merge |= dict.fromkeys(("M", "N", "row_parts", "col_parts"), "i32")
+    pointers = ("row_lse_ptr", "col_lse_ptr", "scale_ptr", "rows_ptr", "cols_ptr")
+    merge = dict.fromkeys((*pointers, "loss_ptr", "slope_ptr"), "*fp32")
+    merge |= dict.fromkeys(("M", "N", "row_parts", "col_parts", "begin", "end"), "i32")
     for paired in (False, True):
         for finish, block, warps in ((True, 512, 16), (False, 128, 4)):
             sizes = dict(FINISH=finish, PAIRED=paired, BLOCK=block, PARTS=8)

@@ -12,6 +12,7 @@ from .common import LOG2_E, pointer
 
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
+PART = tl.constexpr(32)  # columns of a tile that the work on logits takes at a time
 # Of the features in the cases to compile. A width enters the code only through its rung of
 # config_for and whether it divides into slices: 512 stands for 256, 768, 1024 and 1280.
 WIDTHS = (512, 1000, 100)
@@ -34,6 +35,8 @@ def config_for(width: int, itemsize: int, arch: int) -> Config:
         return Config(64, 64, 32, 8, 2)  # fp32 runs on the FMA units: operands come from registers
     if itemsize == 4:
         return Config(32, 64, 32, 4, 2)  # 64 rows spill on sm_90 and sm_100, 32 on sm_80
+    if arch < 90:
+        return Config(128, 128, 32, 8, 4)  # slices of 64 spill in the forward: more addresses
     if width % 64 and width < 512:
         return Config(128, 128, 32, 8, 3)  # less of the last slice is empty
     return Config(128, 128, 64, 8, 3)  # 128 x 256 spills on sm_80, sm_90 and sm_100
@@ -78,9 +81,20 @@ def is_positive(offs_m, offs_n, first, begin, end):
 
 
 @triton.jit
-def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left and right half of a tile's columns; half as many registers live in what follows."""
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def narrow_parts(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's columns in parts of PART: a part's logits and exponentials fit the registers."""
+    left, right = _halves(tile, BLOCK_M, BLOCK_N)
+    if BLOCK_N == 2 * PART:
+        parts = left, right
+    else:
+        parts = _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
+    return parts
 
 
 @triton.jit
@@ -115,8 +129,7 @@ def signature(dtype: torch.dtype) -> dict[str, str]:
 
 def rungs() -> Iterator[tuple[torch.dtype, int, tuple[int, ...]]]:
     """(dtype, width, architectures) of the cases: all rungs in bf16 and fp32, one in fp16."""
-    yield from ((torch.bfloat16, width, (80, 90, 100)) for width in WIDTHS)
-    yield torch.float16, WIDTHS[0], (80, 90, 100)
-    for width in WIDTHS[::2]:
-        yield torch.float32, width, (80,)
-        yield torch.float32, width, (90, 100)
+    for archs in ((80,), (90, 100)):
+        yield from ((torch.bfloat16, width, archs) for width in WIDTHS)
+        yield torch.float16, WIDTHS[0], archs
+        yield from ((torch.float32, width, archs) for width in WIDTHS[::2])

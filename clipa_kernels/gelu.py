@@ -5,8 +5,8 @@
     quick: z * sigmoid(1.702 z)
 
 Hendrycks & Gimpel (arXiv:1606.08415). CLIPA-v1 and open_clip use the exact form, CLIPA-v2 (JAX)
-tanh, OpenAI's CLIP quick. Plain torch writes and saves z, and for quick two more tensors; here x
-and bias alone are saved, and the kernels make z in registers, once in each direction.
+tanh, OpenAI's CLIP quick. Eager torch writes and saves z, and for quick two more tensors. Here the
+kernels save x and bias and make z in registers, once in each direction; without them z is saved.
 """
 
 import torch
@@ -35,7 +35,7 @@ def bias_gelu_reference(x: Tensor, bias: Tensor | None, approximate: str = "none
 def bias_gelu(
     x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, impl: str = "auto"
 ) -> Tensor:
-    """Equals `gelu(x + bias, approximate)`; only x and bias are saved for the backward.
+    """Equals `gelu(x + bias, approximate)`; one tensor like x is saved for the backward.
 
     Args:
         x: [..., D], floating point, a product without its bias.
@@ -75,7 +75,10 @@ def bias_gelu(
 
 
 def _gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    z = x if bias is None else (x + bias).to(x.dtype)
+    return _of(x if bias is None else (x + bias).to(x.dtype), approximate)
+
+
+def _of(z: Tensor, approximate: str) -> Tensor:
     return (
         z * torch.sigmoid(1.702 * z)
         if approximate == "quick"
@@ -84,32 +87,28 @@ def _gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 
 class _BiasGelu(torch.autograd.Function):
-    """Saves x and bias and adds them again in the backward: z is never kept beside x."""
+    """Saves z = x + bias alone: where x is a product, nothing else keeps it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        ctx.save_for_backward(x, bias)
-        ctx.approximate = approximate
-        return _gelu(x, bias, approximate)
+        z = x if bias is None else (x + bias).to(x.dtype)
+        ctx.save_for_backward(z)
+        ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
+        return _of(z, approximate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, bias = ctx.saved_tensors
-        z = x if bias is None else (x + bias).to(x.dtype)
+        (z,) = ctx.saved_tensors
         if ctx.approximate == "quick":
             s = torch.sigmoid(1.702 * z)
             dx = dy * (s + 1.702 * z * s * (1 - s))
         else:
             dx = torch.ops.aten.gelu_backward(dy, z, approximate=ctx.approximate)
-        if bias is None or not ctx.needs_input_grad[1]:
+        if not ctx.needs_input_grad[1]:
             return dx, None, None
-        dims = tuple(range(dx.dim() - 1))
-        return (
-            dx,
-            dx.sum(dims, dtype=torch.promote_types(dx.dtype, torch.float32)).to(bias.dtype),
-            None,
-        )
+        # Added in fp32 whatever the dtypes are; 16 bit to 16 bit without a wide copy.
+        return dx, dx.sum(tuple(range(dx.dim() - 1)), dtype=ctx.bias_dtype), None
 
 
 @torch.library.custom_op("clipa::bias_gelu", mutates_args=())

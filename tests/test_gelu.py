@@ -54,13 +54,14 @@ def test_large_inputs_stay_finite():
         assert torch.equal(slope, torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
 
 
-def test_saves_only_its_inputs():
+def test_saves_one_tensor():
     t = inputs()
     x, bias = t["x"].requires_grad_(), t["bias"].requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
         bias_gelu(x, bias, "quick")
-    assert {s.data_ptr() for s in saved} == {x.data_ptr(), bias.data_ptr()}
+    assert [s.shape for s in saved] == [x.shape]
+    assert torch.equal(saved[0], x + bias)
 
 
 def test_compiles_in_one_graph():

@@ -34,6 +34,21 @@ def test_matches_the_reference(shape, dtype, first):
     )
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_gradients_of_weights_over_many_rows(weights):
+    """bf16 rows are added in fp32: only the result is rounded."""
+    t = {name: value.bfloat16() for name, value in inputs((3000, 16)).items()}
+    t |= {name: t[name].to(weights).requires_grad_() for name in ("weight", "bias")}
+    dy = torch.randn(3000, 16).bfloat16()
+    wide = {name: value.detach().double().requires_grad_() for name, value in t.items()}
+    y, wide_y = add_layer_norm(**t)[0], add_layer_norm_reference(**wide)[0]
+    grads = torch.autograd.grad(y, (t["weight"], t["bias"]), dy)
+    exact = torch.autograd.grad(wide_y, (wide["weight"], wide["bias"]), dy.double())
+    for grad, expected in zip(grads, exact, strict=True):
+        error = (grad.double() - expected).abs().max() / expected.abs().max()
+        assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
 def test_reference_is_torchs_layer_norm():
     t = {name: value.double() for name, value in inputs((7, 24)).items()}
     y, total = add_layer_norm_reference(**t, eps=1e-6)

@@ -1,5 +1,7 @@
 """What the losses ask of a GPU, counted without one: operations, bytes, launches, machine code."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_noth
 from bench.counted import counted
 from clipa_kernels import contrastive_loss, sigmoid_loss
 
+tiles = pytest.importorskip("clipa_kernels._triton.contrastive_tiles")
 grads = pytest.importorskip("clipa_kernels._triton.contrastive_grads")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp2 and log2
 LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
@@ -104,5 +107,10 @@ def test_machine_code_of_every_row():
     """Every rung and variant for three architectures: nothing spills, all fits, tensor cores."""
     rows = machine_code("contrastive", "contrastive_grads")
     check_rows(rows, spills_nothing)
+    # One compiled case stands for all these widths: they reach the code only through this.
+    for size, arch, width in itertools.product((2, 4), (80, 90, 100), (256, 768, 1024, 1280)):
+        config, compiled = (tiles.config_for(d, size, arch) for d in (width, tiles.WIDTHS[0]))
+        assert config == compiled
+        assert tiles.constexprs(config, width) == tiles.constexprs(compiled, tiles.WIDTHS[0])
     products = [row for row in rows if "fp32" not in row.label and "merge" not in row.label]
     check_rows(products, lambda row: cores(row) == {OWN_CORES[row.arch]})

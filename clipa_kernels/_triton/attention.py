@@ -37,6 +37,7 @@ from .attention_tiles import (
     signature,
     store_rows,
     stride_unit,
+    turn_of,
     within_reach,
     zeros,
 )
@@ -75,6 +76,7 @@ def _attention_short_fwd_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one tile; strides in UNIT elements."""
+    turn = turn_of(tl.program_id(0) % H, HEAD_DIM, D1)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
@@ -84,31 +86,31 @@ def _attention_short_fwd_kernel(
     mask_m = offs_m < length
     # [BLOCK, D] in chunks
     q0, q1, q2 = load_rows(
-        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT,
+        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     k0, k1, k2 = load_rows(
-        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT,
+        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     # [BLOCK, BLOCK]
     s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     v0, v1, v2 = load_rows(
-        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT,
+        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     o0, o1, o2 = zeros(BLOCK, D0, D1, D2)
     o0, o1, o2 = accumulate(o0, o1, o2, p, v0, v1, v2, D1, D2, PRECISION)
     store_rows(
-        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
+        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
         o0, o1, o2, HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_product(
-    ptr, offs_m, mask_m, stride, factor, p, b0, b1, b2,
+    ptr, offs_m, mask_m, stride, turn, factor, p, b0, b1, b2,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,8 +118,9 @@ def _store_product(
     x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
     x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
     store_rows(
-        ptr, offs_m, mask_m, stride, x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2
-    )
+        ptr, offs_m, mask_m, stride, turn, x0 * factor, x1 * factor, x2 * factor,
+        HEAD_DIM, D0, D1, D2,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, *GRAD_STRIDES])
@@ -133,6 +136,7 @@ def _attention_short_bwd_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of one tile; strides in UNIT elements, those of the three gradients alike."""
+    turn = turn_of(tl.program_id(0) % H, HEAD_DIM, D1)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
@@ -142,11 +146,11 @@ def _attention_short_bwd_kernel(
     mask_m = offs_m < length
     # [BLOCK, D] in chunks
     q0, q1, q2 = load_rows(
-        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT,
+        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     k0, k1, k2 = load_rows(
-        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT,
+        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     grad = token * stride_gt + head * stride_gh
@@ -154,25 +158,25 @@ def _attention_short_bwd_kernel(
     s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     do0, do1, do2 = load_rows(
-        do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
+        do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     v0, v1, v2 = load_rows(
-        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT,
+        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
     _store_product(
-        dv_ptr + grad, offs_m, mask_m, stride_gt * UNIT, 1.0, tl.trans(p.to(q0.dtype)),
+        dv_ptr + grad, offs_m, mask_m, stride_gt * UNIT, turn, 1.0, tl.trans(p.to(q0.dtype)),
         do0, do1, do2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
     _store_product(
-        dq_ptr + grad, offs_m, mask_m, stride_gt * UNIT, scale, ds,
+        dq_ptr + grad, offs_m, mask_m, stride_gt * UNIT, turn, scale, ds,
         k0, k1, k2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
     _store_product(
-        dk_ptr + grad, offs_m, mask_m, stride_gt * UNIT, scale, tl.trans(ds),
+        dk_ptr + grad, offs_m, mask_m, stride_gt * UNIT, turn, scale, tl.trans(ds),
         q0, q1, q2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ from .attention_tiles import (
     signature,
     store_rows,
     stride_unit,
+    turn_of,
     zeros,
 )
 from .common import Case, cdiv
@@ -70,6 +71,7 @@ def _attention_long_fwd_kernel(
     """o of one block of queries; strides in UNIT elements."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     start_m = tl.program_id(0) % blocks * BLOCK_M
+    turn = turn_of(tl.program_id(0) // blocks % H, HEAD_DIM, D1)
     head = (tl.program_id(0) // blocks % H).to(tl.int64) * UNIT
     index = (tl.program_id(0) // blocks // H).to(tl.int64)
     first, length = sequence(cu_seqlens_ptr, index, T, max_seqlen, UNIFORM, 1)
@@ -80,7 +82,7 @@ def _attention_long_fwd_kernel(
     mask_m = offs_m < length
     # [BLOCK_M, D] in chunks
     q0, q1, q2 = load_rows(
-        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT,
+        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     o0, o1, o2 = zeros(BLOCK_M, D0, D1, D2)
@@ -95,7 +97,7 @@ def _attention_long_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
-        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, HEAD_DIM, D0, D1, D2)
+        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, turn, HEAD_DIM, D0, D1, D2)
         # [BLOCK_M, BLOCK_N]
         s = _scores(
             q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
@@ -106,7 +108,7 @@ def _attention_long_fwd_kernel(
         alpha = tl.exp(m_i - top)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = top
-        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, HEAD_DIM, D0, D1, D2)
+        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, turn, HEAD_DIM, D0, D1, D2)
         alpha = alpha[:, None]
         o0, o1, o2 = accumulate(
             o0 * alpha, o1 * alpha, o2 * alpha, p, v0, v1, v2, D1, D2, PRECISION
@@ -114,7 +116,7 @@ def _attention_long_fwd_kernel(
     # The largest counted as 1, so a sum below 1 is that of a row beyond the length.
     by_sum = (1.0 / tl.maximum(l_i, 1.0))[:, None]
     store_rows(
-        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT,
+        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
         o0 * by_sum, o1 * by_sum, o2 * by_sum, HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ def _attention_long_fwd_kernel(
 @triton.jit
 def _query_block(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
-    start_m, length, stride_q, stride_k, stride_v, stride_o, stride_g, scale,
+    start_m, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,8 +133,8 @@ def _query_block(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < length
     # [BLOCK_M, D] in chunks
-    q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, HEAD_DIM, D0, D1, D2)
-    do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, HEAD_DIM, D0, D1, D2)
+    q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, turn, HEAD_DIM, D0, D1, D2)
+    do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, HEAD_DIM, D0, D1, D2)
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     delta = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -143,8 +145,8 @@ def _query_block(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
-        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, HEAD_DIM, D0, D1, D2)
-        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, HEAD_DIM, D0, D1, D2)
+        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
+        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
         # [BLOCK_M, BLOCK_N]
         s = _scores(
             q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
@@ -163,8 +165,8 @@ def _query_block(
     for start_n in range(0, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
-        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, HEAD_DIM, D0, D1, D2)
-        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, HEAD_DIM, D0, D1, D2)
+        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
+        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
         s = _scores(
             q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
             IS_CAUSAL, D1, D2, PRECISION,
@@ -173,7 +175,7 @@ def _query_block(
         ds = tl.exp(s - m_i[:, None]) * by_sum[:, None] * (dp - delta[:, None])
         dq0, dq1, dq2 = accumulate(dq0, dq1, dq2, ds, k0, k1, k2, D1, D2, PRECISION)
     store_rows(
-        dq_ptr, offs_m, mask_m, stride_g, dq0 * scale, dq1 * scale, dq2 * scale,
+        dq_ptr, offs_m, mask_m, stride_g, turn, dq0 * scale, dq1 * scale, dq2 * scale,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
     return m_i, by_sum, delta
@@ -182,7 +184,7 @@ def _query_block(
 @triton.jit
 def _key_block(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
-    start_n, length, stride_q, stride_k, stride_v, stride_o, stride_g, scale,
+    start_n, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -191,8 +193,8 @@ def _key_block(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < length
     # [BLOCK_N, D] in chunks
-    k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, HEAD_DIM, D0, D1, D2)
-    v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, HEAD_DIM, D0, D1, D2)
+    k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
+    v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
     dk0, dk1, dk2 = zeros(BLOCK_N, D0, D1, D2)
     dv0, dv1, dv2 = zeros(BLOCK_N, D0, D1, D2)
     begin = 0
@@ -202,8 +204,8 @@ def _key_block(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
         # [BLOCK_M, D] in chunks
-        q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, HEAD_DIM, D0, D1, D2)
-        do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, HEAD_DIM, D0, D1, D2)
+        q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, turn, HEAD_DIM, D0, D1, D2)
+        do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, HEAD_DIM, D0, D1, D2)
         # [BLOCK_N, BLOCK_M]: rows are keys, so both products below take it from registers
         s = inner(k0, k1, k2, q0, q1, q2, D1, D2, PRECISION) * scale
         seen = mask_n[:, None] & mask_m[None, :]
@@ -216,10 +218,10 @@ def _key_block(
         ds = p * (dp - tl.gather(delta, offs_m, 0)[None, :])
         dk0, dk1, dk2 = accumulate(dk0, dk1, dk2, ds, q0, q1, q2, D1, D2, PRECISION)
     store_rows(
-        dk_ptr, offs_n, mask_n, stride_g, dk0 * scale, dk1 * scale, dk2 * scale,
+        dk_ptr, offs_n, mask_n, stride_g, turn, dk0 * scale, dk1 * scale, dk2 * scale,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    store_rows(dv_ptr, offs_n, mask_n, stride_g, dv0, dv1, dv2, HEAD_DIM, D0, D1, D2)
+    store_rows(dv_ptr, offs_n, mask_n, stride_g, turn, dv0, dv1, dv2, HEAD_DIM, D0, D1, D2)
 
 
 @triton.jit
@@ -248,6 +250,7 @@ def _attention_long_bwd_kernel(
     BLOCK rows stay while STEP rows pass by; the last max_seqlen % BLOCK rows in a block of TAIL,
     which is 0 where lengths differ.
     """
+    turn = turn_of(tl.program_id(0) % H, HEAD_DIM, D1)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, 1
@@ -271,7 +274,7 @@ def _attention_long_bwd_kernel(
         m_i, l_i, d_i = _query_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
             start_m, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
-            stride_ot * UNIT, stride_gt * UNIT, scale,
+            stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, BLOCK, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
         high = _put(high, start_m, m_i, LMAX, BLOCK)
@@ -281,7 +284,7 @@ def _attention_long_bwd_kernel(
         m_i, l_i, d_i = _query_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
             full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
-            stride_ot * UNIT, stride_gt * UNIT, scale,
+            stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, TAIL, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
         high = _put(high, full, m_i, LMAX, TAIL)
@@ -291,14 +294,14 @@ def _attention_long_bwd_kernel(
         _key_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
             start_n, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
-            stride_ot * UNIT, stride_gt * UNIT, scale,
+            stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, STEP, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         _key_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
             full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
-            stride_ot * UNIT, stride_gt * UNIT, scale,
+            stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, STEP, TAIL, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
 

@@ -1,7 +1,9 @@
 """A tile of rows of one head: its size, how a head size is cut, and its products; for all passes.
 
 A head of D columns is at most three chunks of a power of two: 80 = 64 + 16, 104 = 64 + 32 + 16 of
-which 8 are masked. Padding to a power of two would multiply 128 columns for 80.
+which 8 are masked. Padding to a power of two would multiply 128 columns for 80. Of 88 or 104
+columns of 16 bits every other head begins in mid-sector: there the columns are taken in turned
+order, from the ninth on and the first eight last, so that chunks begin where sectors do.
 """
 
 from collections.abc import Iterator
@@ -85,51 +87,64 @@ def sequence(
 
 
 @triton.jit
+def turn_of(head, HEAD_DIM: tl.constexpr, D1: tl.constexpr):
+    """Columns that a head's order is turned by: 8 in odd heads that begin in mid-sector."""
+    turn = 0
+    if D1 > 0 and HEAD_DIM % 16 == 8:
+        turn = (head % 2) * 8
+    return turn
+
+
+@triton.jit
 def _chunk(
-    ptr, offs_m, mask_m, stride,
+    ptr, offs_m, mask_m, stride, turn,
     START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of rows x columns START to START + WIDTH, [rows, WIDTH]."""
+    """Pointers and mask of rows x turned columns START to START + WIDTH, [rows, WIDTH]."""
     offs_d = START + tl.arange(0, WIDTH)
     mask = tl.broadcast_to(mask_m[:, None], (mask_m.shape[0], WIDTH))
     if START + WIDTH > HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
+    if HEAD_DIM % 16 == 8:
+        offs_d += turn
+        if START + WIDTH + 8 > HEAD_DIM:
+            offs_d = tl.where(offs_d < HEAD_DIM, offs_d, offs_d - HEAD_DIM)
     return ptr + (offs_m[:, None] * stride + offs_d[None, :]), mask
 
 
 @triton.jit
 def load_rows(
-    ptr, offs_m, mask_m, stride,
+    ptr, offs_m, mask_m, stride, turn,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """Rows of a head in chunks; a chunk of no columns is the first again, and is never used."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, 0, D0, HEAD_DIM)
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
     x0 = tl.load(ptrs, mask=mask, other=0.0)
     x1 = x0
     x2 = x0
     if D1 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0, D1, HEAD_DIM)
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
         x1 = tl.load(ptrs, mask=mask, other=0.0)
     if D2 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0 + D1, D2, HEAD_DIM)
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
         x2 = tl.load(ptrs, mask=mask, other=0.0)
     return x0, x1, x2
 
 
 @triton.jit
 def store_rows(
-    ptr, offs_m, mask_m, stride, x0, x1, x2,
+    ptr, offs_m, mask_m, stride, turn, x0, x1, x2,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """Write chunks in the dtype of the pointer: the one cast."""
     dtype = ptr.dtype.element_ty
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, 0, D0, HEAD_DIM)
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
     tl.store(ptrs, x0.to(dtype), mask=mask)
     if D1 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0, D1, HEAD_DIM)
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
         tl.store(ptrs, x1.to(dtype), mask=mask)
     if D2 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, D0 + D1, D2, HEAD_DIM)
+        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
         tl.store(ptrs, x2.to(dtype), mask=mask)
 
 

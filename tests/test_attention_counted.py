@@ -33,7 +33,7 @@ def passes(lengths, heads, size, causal=False):
     return *kernels(forward), *kernels(backward)
 
 
-# length, head size: operations issued over useful, and of both passes bytes requested over least.
+# length, head size: operations issued over useful, and bytes requested over least, of each pass.
 TABLE = {
     (8, 64): (2.0, 1.0),
     (17, 64): (4.0, 1.0),
@@ -56,7 +56,8 @@ def test_operations_and_bytes(row, most):
     assert backward.flops <= most[0] * 5 * product
     assert forward.unique <= 1.01 * 4 * tensor
     assert backward.unique <= 1.01 * 7 * tensor
-    assert forward.requested + backward.requested <= 1.001 * most[1] * 11 * tensor
+    assert forward.requested <= 1.001 * most[1] * 4 * tensor
+    assert backward.requested <= 1.001 * most[1] * 7 * tensor
 
 
 @pytest.mark.parametrize("lengths", [[5] * 7, [17, 0, 30, 1], [66, 3, 81]], ids=str)

@@ -3,11 +3,12 @@
     forward     a program holds a block of queries and walks the keys; softmax is rescaled as it
                 goes (Milakov and Gimelshein, arXiv:1805.02867)
     backward    a program holds one sequence of one head and walks its blocks twice. First blocks
-                of queries: over all keys the maximum, the sum and rowsum(P * dP), then again over
-                all keys dQ. Then blocks of keys: over all queries dK and dV. The three numbers of
-                a query stay in registers from the first walk to the second.
+                of queries: over all keys the maximum, the sum, delta = rowsum(P * dP) and, since
+                delta is known at the end alone, dQ as (P * dP) K - delta P K. Then blocks of keys:
+                over all queries dK and dV. The two numbers of a query stay in registers from the
+                first walk to the second.
 
-9 products backward where one that saves its statistics makes 7: nothing is kept from the forward,
+8 products backward where one that saves its statistics makes 7: nothing is kept from the forward,
 no gradient is added to in memory, and the order of every sum is fixed. The rows beyond the last
 full block of 64 are a block of their own size, TAIL, where all sequences are of one length: 197
 tokens are 192 + 16 rows, not 256.
@@ -129,7 +130,7 @@ def _query_block(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq of a block of queries; returns their maximum, 1 / sum, and rowsum(P * dP)."""
+    """Writes dq of a block of queries; returns their log-sum-exp and rowsum(P * dP)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < length
     # [BLOCK_M, D] in chunks
@@ -138,6 +139,10 @@ def _query_block(
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+    a_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    centre = tl.zeros([BLOCK_M], dtype=tl.float32)
+    a0, a1, a2 = zeros(BLOCK_M, D0, D1, D2)
+    b0, b1, b2 = zeros(BLOCK_M, D0, D1, D2)
     end = length
     if IS_CAUSAL:
         end = tl.minimum(length, start_m + BLOCK_M)
@@ -146,50 +151,54 @@ def _query_block(
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
         k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
-        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
         # [BLOCK_M, BLOCK_N]
         s = _scores(
             q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
             IS_CAUSAL, D1, D2, PRECISION,
         )  # fmt: skip
-        dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
         p = tl.exp(s - top[:, None])
         alpha = tl.exp(m_i - top)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        delta = delta * alpha + tl.sum(p * dp, 1)
         m_i = top
-    by_sum = 1.0 / tl.maximum(l_i, 1.0)
-    delta = delta * by_sum
-    dq0, dq1, dq2 = zeros(BLOCK_M, D0, D1, D2)
-    for start_n in range(0, end, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < length
-        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
+        p_sum = tl.sum(p, 1)
+        l_i = l_i * alpha + p_sum
         v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
-        s = _scores(
-            q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
-            IS_CAUSAL, D1, D2, PRECISION,
-        )  # fmt: skip
         dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
-        ds = tl.exp(s - m_i[:, None]) * by_sum[:, None] * (dp - delta[:, None])
-        dq0, dq1, dq2 = accumulate(dq0, dq1, dq2, ds, k0, k1, k2, D1, D2, PRECISION)
+        p_dp = tl.sum(p * dp, 1)
+        delta = delta * alpha + p_dp
+        # The first keys' mean of dP: what is rounded below is small where dP varies little.
+        centre = tl.where(start_n == 0, p_dp / tl.maximum(p_sum, 1.0), centre)
+        p_dp = p * (dp - centre[:, None])
+        # Rounded as the product takes it: dQ's terms cancel where one key has all the weight.
+        p_dp = p_dp.to(k0.dtype)
+        a_sum = a_sum * alpha + tl.sum(p_dp.to(tl.float32), 1)
+        alpha = alpha[:, None]
+        b0, b1, b2 = accumulate(
+            b0 * alpha, b1 * alpha, b2 * alpha, p, k0, k1, k2, D1, D2, PRECISION
+        )
+        a0, a1, a2 = accumulate(
+            a0 * alpha, a1 * alpha, a2 * alpha, p_dp, k0, k1, k2, D1, D2, PRECISION
+        )
+    by_sum = 1.0 / tl.maximum(l_i, 1.0)
+    d_i = (a_sum * by_sum)[:, None]
+    factor = (scale * by_sum)[:, None]
     store_rows(
-        dq_ptr, offs_m, mask_m, stride_g, turn, dq0 * scale, dq1 * scale, dq2 * scale,
+        dq_ptr, offs_m, mask_m, stride_g, turn,
+        (a0 - d_i * b0) * factor, (a1 - d_i * b1) * factor, (a2 - d_i * b2) * factor,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    return m_i, by_sum, delta
+    return m_i + tl.log(tl.maximum(l_i, 1.0)), delta * by_sum
 
 
 @triton.jit
 def _key_block(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
     start_n, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dk and dv of a block of BLOCK_N keys; high, by_sum, delta: those of all queries."""
+    """Writes dk and dv of a block of BLOCK_N keys; lse, delta: those of all queries."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < length
     # [BLOCK_N, D] in chunks
@@ -211,8 +220,7 @@ def _key_block(
         seen = mask_n[:, None] & mask_m[None, :]
         if IS_CAUSAL:
             seen = seen & (offs_n[:, None] <= offs_m[None, :])
-        p = tl.exp(s - tl.gather(high, offs_m, 0)[None, :]) * tl.gather(by_sum, offs_m, 0)[None, :]
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(seen, tl.exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
         dv0, dv1, dv2 = accumulate(dv0, dv1, dv2, p, do0, do1, do2, D1, D2, PRECISION)
         dp = inner(v0, v1, v2, do0, do1, do2, D1, D2, PRECISION)
         ds = p * (dp - tl.gather(delta, offs_m, 0)[None, :])
@@ -264,42 +272,39 @@ def _attention_long_bwd_kernel(
     dq_ptr += grad
     dk_ptr += grad
     dv_ptr += grad
-    high = tl.zeros([LMAX], dtype=tl.float32)
-    by_sum = tl.zeros([LMAX], dtype=tl.float32)
+    lse = tl.zeros([LMAX], dtype=tl.float32)
     delta = tl.zeros([LMAX], dtype=tl.float32)
     full = length
     if TAIL > 0:
         full = length // BLOCK * BLOCK
     for start_m in range(0, full, BLOCK):
-        m_i, l_i, d_i = _query_block(
+        lse_i, d_i = _query_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
             start_m, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, BLOCK, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
-        high = _put(high, start_m, m_i, LMAX, BLOCK)
-        by_sum = _put(by_sum, start_m, l_i, LMAX, BLOCK)
+        lse = _put(lse, start_m, lse_i, LMAX, BLOCK)
         delta = _put(delta, start_m, d_i, LMAX, BLOCK)
     if TAIL > 0:
-        m_i, l_i, d_i = _query_block(
+        lse_i, d_i = _query_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
             full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, TAIL, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
-        high = _put(high, full, m_i, LMAX, TAIL)
-        by_sum = _put(by_sum, full, l_i, LMAX, TAIL)
+        lse = _put(lse, full, lse_i, LMAX, TAIL)
         delta = _put(delta, full, d_i, LMAX, TAIL)
     for start_n in range(0, full, BLOCK):
         _key_block(
-            q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
+            q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
             start_n, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, STEP, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         _key_block(
-            q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, high, by_sum, delta,
+            q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
             full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
             IS_CAUSAL, STEP, TAIL, HEAD_DIM, D0, D1, D2, PRECISION,

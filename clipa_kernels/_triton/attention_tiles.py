@@ -44,9 +44,8 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
         return Config(64, 64, 4, 1)  # 64 rows and 4 warps are what wgmma takes
     if head_dim > 112:
         return Config(64, 32, 8, 1)  # two accumulators of 64 x 128: 4 warps spill on sm_80
-    if head_dim > 96 or (head_dim > 80 and max_seqlen > 256):
-        # Three chunks, or the statistics of more queries: steps of 32 spill backward on sm_80.
-        return Config(64, 16, 4, 1)
+    if head_dim > 64:
+        return Config(64, 16, 4, 1)  # steps of 32 spill backward on sm_80
     return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
 
 

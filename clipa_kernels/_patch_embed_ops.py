@@ -134,9 +134,9 @@ def _tokens_backward(
     from ._triton import patch_embed
 
     dx = dx.contiguous()
-    dtable = patch_embed.table_grad(dx, keep, table.shape[0], prefix)
+    rows = table.shape[0]
+    dweight, dtable = patch_embed.backward(dx, images, keep, weight, side, prefix, rows)
     dbias = dtable[prefix:].sum(0)
-    dweight = patch_embed.weight_grad(dx, images, keep, weight, side, prefix)
     return dweight, dbias, dtable.to(table.dtype)
 
 

@@ -48,8 +48,12 @@ def test_layouts(side, layout, arch, dtype, monkeypatch):
     check(tensors, dtype, mean=MEAN, std=STD)
 
 
-def test_many_tiles_and_splits():
-    check(inputs(batch=33, width=72, kept=7), torch.float32, mean=MEAN, std=STD)
+@pytest.mark.parametrize("kept", [0, 7], ids=["all", "seven"])
+@pytest.mark.parametrize("most", [64, 0], ids=["product", "sorted"])
+def test_many_tiles_and_splits(most, kept, monkeypatch):
+    """With either way to the gradient of the positions."""
+    monkeypatch.setattr(kernels, "_MOST_BY_PRODUCT", most)
+    check(inputs(batch=33, width=72, kept=kept), torch.float32, mean=MEAN, std=STD)
 
 
 @pytest.mark.parametrize("kept", [0, 5], ids=["all", "five"])

@@ -29,6 +29,7 @@ bench = [
     "pytest-xdist",
     "pytest-benchmark",
     "open_clip_torch==3.3.0",
+    "timm==1.0.31",
     "memeff==0.3.1",
     "inf_cl==1.2.1",
 ]
@@ -37,6 +38,7 @@ test = [
     "pytest",
     "pytest-xdist",
     "open_clip_torch==3.3.0",
+    "timm==1.0.31",
     "ruff",
     "build",
     "setuptools",

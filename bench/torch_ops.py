@@ -38,6 +38,9 @@ MATMULS |= {"_addmm_activation": 1, "mv": 0}
 # At least so many CUDA kernels a call, where one cannot do: the gradient of the input and those of
 # the parameters (ATen/native/cuda/layer_norm_kernel.cu), a sort and a sum (Embedding.cu).
 LAUNCHES = {"native_layer_norm_backward": 2, "embedding_dense_backward": 2}
+# Namespaces of what moves no memory here: wire.py counts collectives; fake tensors ask for `prim`,
+# which the dispatcher does not know.
+UNCOUNTED = {"c10d", "_c10d_functional", "prim"}
 
 
 @dataclass
@@ -81,7 +84,7 @@ class TorchCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused or func.namespace in ("c10d", "_c10d_functional"):  # wire.py counts these
+        if self._paused or func.namespace in UNCOUNTED:
             return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:

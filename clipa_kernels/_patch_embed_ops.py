@@ -111,7 +111,10 @@ def embed_tokens(
     side: int,
     prefix: int,
 ) -> Tensor:
-    """[B, R + K, D] by the kernels: weight as _in_runs, table the prefix rows and positions."""
+    """[B, R + K, D] by the kernels: weight as _in_runs, table the prefix rows and positions.
+
+    uint8 images enter the product less 128.
+    """
     from ._triton import patch_embed
 
     return patch_embed.forward(images, keep, weight, bias, table, side, prefix)
@@ -127,13 +130,13 @@ def _tokens_backward(
     side: int,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias and table."""
+    """Gradients of weight, bias (in fp32) and table."""
     from ._triton import patch_embed
 
     dx = dx.contiguous()
-    dtable = patch_embed.table_grad(dx, keep, table.shape[0], prefix)
-    dbias = dtable[prefix:].sum(0).to(weight.dtype)
-    dweight = patch_embed.weight_grad(dx, images, keep, weight, side, prefix)
+    rows = table.shape[0]
+    dweight, dtable = patch_embed.backward(dx, images, keep, weight, side, prefix, rows)
+    dbias = dtable[prefix:].sum(0)
     return dweight, dbias, dtable.to(table.dtype)
 
 
@@ -146,12 +149,13 @@ def _(images, keep, weight, bias, table, side, prefix):
 @_tokens_backward.register_fake
 def _(dx, images, keep, weight, table, side, prefix):
     width = weight.shape[0]
-    return weight.new_empty(weight.shape), weight.new_empty(width), table.new_empty(table.shape)
+    dbias = weight.new_empty(width, dtype=torch.float32)
+    return weight.new_empty(weight.shape), dbias, table.new_empty(table.shape)
 
 
 def _save_tokens(ctx, inputs, output) -> None:
     images, keep, weight, bias, table, ctx.side, ctx.prefix = inputs
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(images, keep, weight, table)
 
 
@@ -170,7 +174,8 @@ def _tokens_gradient(ctx, dx: Tensor):
     dweight, dbias, dtable = torch.ops.clipa.patch_embed_tokens_backward(
         dx, images, keep, weight, table, ctx.side, ctx.prefix
     )
-    return dimages, None, dweight, dbias if ctx.has_bias else None, dtable, None, None
+    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return dimages, None, dweight, dbias, dtable, None, None
 
 
 embed_tokens.register_autograd(_tokens_gradient, setup_context=_save_tokens)

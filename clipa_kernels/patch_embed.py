@@ -108,7 +108,6 @@ def patch_embed(
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
     with torch.autocast(images.device.type, enabled=False):
-        folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype)
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
             table = pos_embed
@@ -116,9 +115,13 @@ def patch_embed(
                 first = cls_token.view(prefix, -1) + pos_embed[:prefix]
                 table = torch.cat((first, pos_embed[prefix:]))
             side = weight.shape[-1]
+            centre = 128.0 if images.dtype == torch.uint8 else 0.0  # what the kernels subtract
+            folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype, centre)
             runs = _in_runs(folded.view(-1, side, side, weight.shape[1]), images)
             args = (images, keep, runs, shift, table, side, prefix)
             return _packed(embed_tokens(*args))
+        folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype)
+        shift = None if shift is None else shift.to(dtype)
         positions = pos_embed[prefix:].to(dtype)
         x = embed_patches(images, keep, folded, shift, positions, weight.shape[-1])
         if prefix:
@@ -134,21 +137,27 @@ def fold_normalisation(
     mean: Tensor | None,
     std: Tensor | None,
     dtype: torch.dtype,
+    centre: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight [D, P * P * C] and bias [D] that take raw pixels: w / std and b - sum(w mean / std).
+    """Weight [D, P * P * C] and bias [D] that take raw pixels less centre: w / std and
+    b - sum(w (mean - centre) / std), the bias at least in fp32.
 
     The shift is summed from the weight as rounded to dtype: rounding then acts on centred pixels.
     """
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     folded = weight.permute(0, 2, 3, 1)
+    wide = torch.promote_types(weight.dtype, torch.float32)
     if mean is None:
         folded = (folded / unit).to(dtype)
-        return folded.flatten(1), None if bias is None else bias.to(dtype)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    folded = (folded.to(wide) / (std.to(wide) * unit)).to(dtype)
-    shift = -(folded.to(wide) * (mean.to(wide) * unit)).sum((1, 2, 3))
-    shift = shift if bias is None else shift + bias
-    return folded.flatten(1), shift.to(dtype)
+        middle = -centre
+    else:
+        folded = (folded.to(wide) / (std.to(wide) * unit)).to(dtype)
+        middle = mean.to(wide) * unit - centre
+    shift = None if bias is None else bias.to(wide)
+    if mean is not None or centre:
+        moved = (folded.to(wide) * middle).sum((1, 2, 3))
+        shift = -moved if shift is None else shift - moved
+    return folded.flatten(1), shift
 
 
 def _in_runs(weight: Tensor, images: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
 """What the glue of a block asks of a GPU, counted without one: bytes, launches, machine code."""
 
+import functools
+
 import pytest
 import torch
 from machine_code import check_rows, machine_code, spills_nothing
 
+from bench import whole_block
 from bench.counted import counted
+from bench.whole_block import LENGTH, WIDTH
 from clipa_kernels import add_layer_norm, bias_gelu
-from models import transformer
-from models.transformer import Block
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of empty lanes
-LENGTH, WIDTH, HEADS = 37, 1280, 16  # ViT-H/14 with three quarters of 144 patches dropped
 
 
 def clean(launches):
@@ -60,51 +61,29 @@ def test_gelu_moves_each_number_once(form):
     assert backward.total().unique <= 6.3 * unit and backward.total().requested <= 6.3 * unit
 
 
-class _NoAttention(torch.autograd.Function):
-    """In place of attention, whose bytes are its own tests' business: it touches nothing."""
-
-    @staticmethod
-    def forward(ctx, qkv):
-        ctx.shape = qkv.shape
-        return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-
-    @staticmethod
-    def backward(ctx, d_out):
-        return d_out.new_empty(ctx.shape)
-
-
-def block_count(monkeypatch, stream, tokens=4 * LENGTH):
-    """A ViT-H/14 block in bf16, forward and backward; attention left out."""
+@functools.cache
+def block_count(stream, sequences):
+    """A ViT-H/14 block in bf16, forward and backward."""
     torch.use_deterministic_algorithms(False)  # or filling memory with NaN would count
-    monkeypatch.setattr(
-        transformer, "varlen_attention_qkvpacked", lambda qkv, *_, **__: _NoAttention.apply(qkv)
-    )
-    block = Block(WIDTH, HEADS, 4.0, causal=False, gelu="none", eps=1e-5, impl="triton")
-    block.bfloat16()
-    x = torch.randn(tokens, WIDTH).bfloat16().requires_grad_()
-    residual = torch.randn(tokens, WIDTH).to(stream).requires_grad_()
-    cu_seqlens = torch.arange(0, tokens + 1, LENGTH, dtype=torch.int32)
-    gradients = torch.randn(tokens, WIDTH).bfloat16(), torch.randn(tokens, WIDTH).to(stream)
-    leaves = [x, residual, *block.parameters()]
-    with counted() as count:
-        torch.autograd.grad(block(x, residual, cu_seqlens, LENGTH), leaves, gradients)
-    return count, tokens
+    count = whole_block.ours(sequences, stream)
+    clean(count.launches)
+    return count
 
 
 PRODUCTS = ("mm", "addmm")
+CHECKS = {"ne", "lt", "gt", "sub", "min", "max"}  # of cu_seqlens, on a CPU alone
 
 
 @pytest.mark.parametrize(("stream", "most"), [("bfloat16", 90), ("float32", 115)])
-def test_glue_of_a_whole_block(monkeypatch, stream, most):
+def test_glue_of_a_whole_block(stream, most):
     """Bytes a token beyond products and attention, in units of the width, and every launch."""
-    count, tokens = block_count(monkeypatch, getattr(torch, stream))
-    clean(count.launches)
-    glue = sum(launch.unique for launch in count.launches)
-    others = [op for op in count.torch_ops if op.name not in PRODUCTS]
-    glue += sum(op.read + op.written for op in others)
-    print(f"{glue / tokens / WIDTH:.1f} D bytes a token", count.table(), sep="\n")
-    assert glue <= most * tokens * WIDTH
-    assert [launch.kernel for launch in count.launches] == [
+    sequences = 2
+    count = block_count(getattr(torch, stream), sequences)
+    launches = [launch for launch in count.launches if "attention" not in launch.kernel]
+    others = [op for op in count.torch_ops if op.name not in (*PRODUCTS, *CHECKS)]
+    glue = sum(launch.unique for launch in launches) + sum(op.read + op.written for op in others)
+    assert glue <= most * sequences * LENGTH * WIDTH, count.table()
+    assert [launch.kernel for launch in launches] == [
         "_add_layer_norm_fwd_kernel",
         "_add_layer_norm_fwd_kernel",
         "_bias_gelu_fwd_kernel",
@@ -117,6 +96,20 @@ def test_glue_of_a_whole_block(monkeypatch, stream, most):
     ]
     # Of eager torch the sums for the three biases that products add, and nothing else.
     assert {op.name: op.calls for op in others} == {"sum": 3}
+
+
+@pytest.mark.parametrize(
+    ("rival", "most"),
+    [(whole_block.open_clip_amp, 0.50), (whole_block.timm_bf16, 0.86)],
+    ids=["open_clip", "timm"],
+)
+def test_bytes_of_a_whole_block_beside_a_rival(rival, most):
+    """Products and attention included; see whole_block.py for what is left out of all alike."""
+    own = whole_block.bytes_a_token(functools.partial(block_count, torch.bfloat16), 1, 2)
+    attention = [op for op in rival(1).torch_ops if "attention" in op.name]
+    assert len(attention) == 2 and all("flash" in op.name for op in attention)  # fused, each way
+    other = whole_block.bytes_a_token(rival, 2048, 4096)
+    assert own <= most * other, f"ours {own:.1f} D, {rival.__name__} {other:.1f} D bytes a token"
 
 
 def test_machine_code_of_every_row():

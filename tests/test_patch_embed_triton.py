@@ -26,25 +26,34 @@ def check(tensors, dtype, **how):
 @pytest.mark.parametrize("side", [4, 7], ids=["p4", "p7"])
 def test_matches_the_reference(side, raw, prefix, kept, dtype):
     tensors = inputs(side=side, raw=raw, prefix=prefix, kept=kept)
-    # In fp32 the fold subtracts sums of uncentred pixels, whose rounding is all that is left of 18.
-    normalised = raw and dtype == torch.float16
-    check(tensors, dtype, **(dict(mean=MEAN, std=STD) if normalised else {}))
+    check(tensors, dtype, **(dict(mean=MEAN, std=STD) if raw else {}))
 
 
-@pytest.mark.parametrize("layout", ["hwc", "chw", "cropped"])
-@pytest.mark.parametrize("side", [14, 16], ids=["p14", "p16"])
-def test_layouts(side, layout):
-    tensors = inputs(side=side, batch=3, width=40, grid=2, kept=3)
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float16), (90, torch.float32)])
+@pytest.mark.parametrize("layout", ["hwc", "chw", "cropped", "odd rows"])
+@pytest.mark.parametrize("side", [8, 14, 16], ids=["p8", "p14", "p16"])
+def test_layouts(side, layout, arch, dtype, monkeypatch):
+    """sm_80 reads patches of 8 and 16 pixels in words."""
+    monkeypatch.setattr(kernels, "arch", lambda: arch)
+    tensors = inputs(side=side, batch=2, width=40, grid=2, kept=3)
     if layout == "chw":
         tensors["images"] = tensors["images"].contiguous()
     elif layout == "cropped":  # of larger images, at an odd byte
-        large = torch.randint(256, (3, 2 * side + 1, 2 * side + 3, 3), dtype=torch.uint8)
+        large = torch.randint(256, (2, 2 * side + 1, 2 * side + 3, 3), dtype=torch.uint8)
         tensors["images"] = large[:, 1:, 1 : 1 + 2 * side].permute(0, 3, 1, 2)
-    check(tensors, torch.float32, mean=MEAN, std=STD)
+    elif layout == "odd rows":  # which begin at any byte of a word
+        large = torch.randint(256, (2, 2 * side + 1, 2 * side + 3, 3), dtype=torch.uint8)
+        tensors["images"] = large[:, : 2 * side, : 2 * side].permute(0, 3, 1, 2)
+        assert kernels._layout(tensors["images"], side)[1]["SHIFTED"]
+    check(tensors, dtype, mean=MEAN, std=STD)
 
 
-def test_many_tiles_and_splits():
-    check(inputs(batch=33, width=72, kept=7), torch.float32, mean=MEAN, std=STD)
+@pytest.mark.parametrize("kept", [0, 7], ids=["all", "seven"])
+@pytest.mark.parametrize("most", [64, 0], ids=["product", "sorted"])
+def test_many_tiles_and_splits(most, kept, monkeypatch):
+    """With either way to the gradient of the positions."""
+    monkeypatch.setattr(kernels, "_MOST_BY_PRODUCT", most)
+    check(inputs(batch=33, width=72, kept=kept), torch.float32, mean=MEAN, std=STD)
 
 
 @pytest.mark.parametrize("kept", [0, 5], ids=["all", "five"])

@@ -4,8 +4,9 @@
                bias and position are added to the sums before the one rounding; further programs of
                the same launch write the prefix rows
     backward   the weight's gradient is the same product from the other side, patches gathered
-               again, in a few splits of the tokens that a second launch adds in order; positions,
-               prefix and bias are sums of rows sorted by index. No atomics.
+               again, in a few splits of the tokens that a second launch adds in order; up to 64
+               positions are further columns of it, so that d_out is read once, more are sums of
+               rows sorted by index. No atomics.
 
 A patch is RUNS runs of RUN pixels next to each other (HWC: its rows; CHW: its rows, channel by
 channel). A run that is no multiple of 16, as of 14-pixel patches, begins at any byte: it is read as
@@ -20,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, pointer, sum_partial
+from .common import Case, arch, cdiv, pointer, sum_partial
+from .patch_embed_pixels import first_pixel, kept_patches, load_pixels, unpacked
+from .patch_embed_table import sorted_case, table_grad
 
 _SPLITS = 8  # of the tokens in the weight's gradient: their sums stay small beside the tokens
-_SUM_ROWS = 8  # of a step of the sorted sums: 16 spill on sm_100
+_MOST_BY_PRODUCT = 64  # positions whose gradient comes as further columns of the weight's
 
 
 def padded(run: int, dtype: torch.dtype) -> int:
@@ -31,74 +34,20 @@ def padded(run: int, dtype: torch.dtype) -> int:
     return cdiv(run, 16) * 16 if dtype == torch.uint8 else run
 
 
-def blocks(dtype: torch.dtype, run: int) -> dict[str, int]:
+def blocks(dtype: torch.dtype, layout: dict) -> dict[str, int]:
     """Tile of tokens, width and pixels: 128 x 128 x 64 is the most that no GPU spills; padded runs
     end on a multiple of 32 more often than of 64."""
+    halved = layout["SHIFTED"] or layout["RUN"] % 16 > 0
     if dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
-    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if run % 16 else 64)
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16 if halved else 32)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if halved else 64)
 
 
-def _backward_m(dtype: torch.dtype, run: int) -> int:
+def _backward_m(dtype: torch.dtype, layout: dict) -> int:
     """Tokens of a step of the weight's gradient, by what spills."""
     if dtype == torch.float32:
         return 32
-    return 64 if run % 16 else 128  # padded runs of 128 spill on sm_80, whole ones of 64 on sm_100
-
-
-@triton.jit
-def _pixel(columns, stride_o, stride_y, stride_e, RUN, PADDED: tl.constexpr, SIDE: tl.constexpr):
-    """(place in the run, offset from the patch's first pixel) of columns of the weight."""
-    run = columns // PADDED
-    place = columns % PADDED
-    return place, run // SIDE * stride_o + run % SIDE * stride_y + place * stride_e
-
-
-@triton.jit
-def _patches(
-    images_ptr, base, mask_m, start_k, K,
-    stride_o, stride_y, stride_e,
-    DTYPE: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr,
-    WORDS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Columns start_k and on of the patches whose first pixels lie at base: [BLOCK_M, BLOCK_K]."""
-    if WORDS:
-        quads = start_k + tl.arange(0, BLOCK_K // 4) * 4
-        place, offset = _pixel(quads, stride_o, stride_y, stride_e, RUN, PADDED, SIDE)
-        mask = mask_m[:, None] & ((quads < K) & (place < RUN))[None, :]
-        # [BLOCK_M, BLOCK_K / 4], bytes; the last byte of a quad may be outside the run
-        first = base[:, None] + offset[None, :]
-        last = first + tl.minimum(3, RUN - 1 - place)[None, :]
-        words_ptr = images_ptr.to(tl.pointer_type(tl.uint32))
-        low = tl.load(words_ptr + (first >> 2), mask=mask, other=0).to(tl.uint64)
-        high = tl.load(words_ptr + (last >> 2), mask=mask, other=0).to(tl.uint64)
-        four = ((low | (high << 32)) >> ((first & 3) * 8).to(tl.uint64)).to(tl.uint32)
-        shifts = (tl.arange(0, 4) * 8).to(tl.uint32)
-        pixels = (four[:, :, None] >> shifts[None, None, :]) & 255
-        pixels = tl.reshape(pixels, (BLOCK_M, BLOCK_K))
-    else:
-        columns = start_k + tl.arange(0, BLOCK_K)
-        place, offset = _pixel(columns, stride_o, stride_y, stride_e, RUN, PADDED, SIDE)
-        mask = mask_m[:, None]
-        if not EVEN_K or PADDED != RUN:
-            mask = mask & ((columns < K) & (place < RUN))[None, :]
-        pixels = tl.load(images_ptr + base[:, None] + offset[None, :], mask=mask, other=0)
-    return pixels.to(tl.float32).to(DTYPE)
-
-
-@triton.jit
-def _first_pixels(
-    keep_ptr, offs_m, mask_m, kept, columns,
-    stride_b, stride_py, stride_px,
-    HAS_KEEP: tl.constexpr,
-):  # fmt: skip
-    """(patch number, offset of its first pixel) of the kept patches offs_m of the batch."""
-    image = offs_m // kept
-    index = offs_m % kept
-    if HAS_KEEP:
-        index = tl.load(keep_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
-    base = image * stride_b + index // columns * stride_py + index % columns * stride_px
-    return index, base
+    return 64 if layout["SHIFTED"] else 128
 
 
 @triton.jit
@@ -108,7 +57,8 @@ def _patch_embed_fwd_kernel(
     patches, batch, kept, columns, prefix, D, K,
     stride_b, stride_py, stride_px, stride_o, stride_y, stride_e,
     HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr,
-    SIDE: tl.constexpr, WORDS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, WORDS: tl.constexpr, SHIFTED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [batch, prefix + kept, D], dense."""
@@ -121,17 +71,30 @@ def _patch_embed_fwd_kernel(
     if program < tiles:
         offs_m = (program // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < patches
-        index, base = _first_pixels(
-            keep_ptr, offs_m, mask_m, kept, columns, stride_b, stride_py, stride_px, HAS_KEEP
-        )
+        index = kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP)
+        base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        if SHIFTED:
+            low, high = load_pixels(
+                images_ptr, base, mask_m, 0, K, stride_o, stride_y, stride_e,
+                RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
+            )  # fmt: skip
         for start_k in range(0, K, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            # [BLOCK_M, BLOCK_K]
-            x = _patches(
-                images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
-                DTYPE, RUN, PADDED, SIDE, WORDS, EVEN_K, BLOCK_M, BLOCK_K,
+            if not SHIFTED:
+                low, high = load_pixels(
+                    images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
+                    RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
+                )  # fmt: skip
+            x = unpacked(
+                low, high, base, start_k, stride_o, stride_y, stride_e,
+                DTYPE, PADDED, SIDE, WORDS, SHIFTED, BLOCK_M, BLOCK_K,
             )  # fmt: skip
+            if SHIFTED:
+                low, high = load_pixels(
+                    images_ptr, base, mask_m, start_k + BLOCK_K, K, stride_o, stride_y, stride_e,
+                    RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
+                )  # fmt: skip
             # [BLOCK_K, BLOCK_N]
             weight_ptrs = weight_ptr + offs_n[None, :].to(tl.int64) * K + offs_k[:, None]
             mask_k = mask_n[None, :]
@@ -158,69 +121,90 @@ def _patch_embed_fwd_kernel(
 
 
 @triton.jit
+def _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D):
+    """Gradients of the tokens of these patches: [BLOCK_N, BLOCK_M]."""
+    row = offs_m // kept * (prefix + kept) + prefix + offs_m % kept
+    d_out_ptrs = d_out_ptr + row[None, :] * D + offs_n[:, None]
+    return tl.load(d_out_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+
+
+@triton.jit
 def _patch_embed_bwd_weight_kernel(
     d_out_ptr, images_ptr, keep_ptr,
-    partial_ptr,
-    patches, kept, columns, prefix, D, K, walked,
+    partial_ptr, table_partial_ptr,
+    patches, kept, columns, prefix, D, K, walked, positions,
     stride_b, stride_py, stride_px, stride_o, stride_y, stride_e,
     HAS_KEEP: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr,
-    SIDE: tl.constexpr, WORDS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, WORDS: tl.constexpr, SHIFTED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, 1, D, K] = d_out' patches over the `walked` patches of a split."""
-    tiles_k = tl.cdiv(K, BLOCK_K)
+    """partial [splits, 1, D, K] = d_out' patches over the `walked` patches of a split, and as
+    further columns table_partial [splits, 1, positions, D], sums of d_out by patch number."""
+    tiles_x = tl.cdiv(K, BLOCK_K)
+    tiles_k = tiles_x + tl.cdiv(positions, BLOCK_K)
     tiles = tiles_k * tl.cdiv(D, BLOCK_N)
     split = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     offs_n = tile // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < D
-    start_k = tile % tiles_k * BLOCK_K
     DTYPE: tl.constexpr = d_out_ptr.dtype.element_ty
-    end = tl.minimum((split + 1) * walked, patches)
+    start_m = split * walked
+    end = tl.minimum(start_m + walked, patches)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    for first in range(split * walked, end, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < end
-        _, base = _first_pixels(
-            keep_ptr, offs_m, mask_m, kept, columns, stride_b, stride_py, stride_px, HAS_KEEP
-        )
-        # [BLOCK_M, BLOCK_K]
-        x = _patches(
-            images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
-            DTYPE, RUN, PADDED, SIDE, WORDS, EVEN_K, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
-        # [BLOCK_N, BLOCK_M]
-        row = offs_m // kept * (prefix + kept) + prefix + offs_m % kept
-        d_out_ptrs = d_out_ptr + row[None, :] * D + offs_n[:, None]
-        d_out = tl.load(d_out_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
-        acc = tl.dot(d_out, x, acc, input_precision=PRECISION)
-    offs_k = start_k + tl.arange(0, BLOCK_K)
-    partial_ptrs = partial_ptr + (split * D + offs_n)[:, None] * K + offs_k[None, :]
-    tl.store(partial_ptrs, acc, mask=mask_n[:, None] & (offs_k < K)[None, :])
-
-
-@triton.jit
-def _sum_sorted_kernel(
-    d_out_ptr, order_ptr, ends_ptr,
-    sums_ptr,
-    D,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """sums [rows of the table, D]: of the rows of d_out whose position it is, in their order."""
-    position = tl.program_id(0)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    start = tl.load(ends_ptr + position)
-    end = tl.load(ends_ptr + position + 1)
-    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
-    for first in range(start, end, BLOCK_R):
-        offs_r = first + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < end
-        row = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
-        d_out_ptrs = d_out_ptr + row[:, None] * D + offs_d[None, :]
-        d_out = tl.load(d_out_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
-        acc += d_out.to(tl.float32)
-    tl.store(sums_ptr + position.to(tl.int64) * D + offs_d, tl.sum(acc, 0), mask=mask_d)
+    if tile % tiles_k < tiles_x:
+        start_k = tile % tiles_k * BLOCK_K
+        if SHIFTED:
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            index = kept_patches(keep_ptr, offs_m, offs_m < end, kept, HAS_KEEP)
+            base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
+            low, high = load_pixels(
+                images_ptr, base, offs_m < end, start_k, K, stride_o, stride_y, stride_e,
+                RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+            offs_m += BLOCK_M
+            index = kept_patches(keep_ptr, offs_m, offs_m < end, kept, HAS_KEEP)
+        for first in range(start_m, end, BLOCK_M):
+            offs_m = first + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < end
+            if not SHIFTED:
+                index = kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP)
+                base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
+                low, high = load_pixels(
+                    images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
+                    RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
+                )  # fmt: skip
+            # [BLOCK_M, BLOCK_K]
+            x = unpacked(
+                low, high, base, start_k, stride_o, stride_y, stride_e,
+                DTYPE, PADDED, SIDE, WORDS, SHIFTED, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            if SHIFTED:
+                next_m = offs_m + BLOCK_M
+                base = first_pixel(index, next_m, kept, columns, stride_b, stride_py, stride_px)
+                low, high = load_pixels(
+                    images_ptr, base, next_m < end, start_k, K, stride_o, stride_y, stride_e,
+                    RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
+                )  # fmt: skip
+                next_m += BLOCK_M
+                index = kept_patches(keep_ptr, next_m, next_m < end, kept, HAS_KEEP)
+            d_out = _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D)
+            acc = tl.dot(d_out, x, acc, input_precision=PRECISION)
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        partial_ptrs = partial_ptr + (split * D + offs_n)[:, None] * K + offs_k[None, :]
+        tl.store(partial_ptrs, acc, mask=mask_n[:, None] & (offs_k < K)[None, :])
+    else:
+        offs_l = (tile % tiles_k - tiles_x) * BLOCK_K + tl.arange(0, BLOCK_K)
+        for first in range(start_m, end, BLOCK_M):
+            offs_m = first + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < end
+            index = kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP)
+            # [BLOCK_M, BLOCK_K], 1 where the patch has the number: exact products
+            x = (index[:, None] == offs_l[None, :]).to(DTYPE)
+            d_out = _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D)
+            acc = tl.dot(d_out, x, acc, input_precision="ieee")
+        table_ptrs = table_partial_ptr + (split * positions + offs_l)[None, :] * D + offs_n[:, None]
+        tl.store(table_ptrs, acc, mask=mask_n[:, None] & (offs_l < positions)[None, :])
 
 
 def is_hwc(images: Tensor) -> bool:
@@ -234,10 +218,16 @@ def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]
     b, c, y, x = images.stride()
     run = side * channels if hwc else side
     extent = sum((n - 1) * s for n, s in zip(images.shape, images.stride(), strict=True)) + 1
-    words = images.dtype == torch.uint8 and run % 16 != 0
-    words = words and images.data_ptr() % 4 == 0 and extent % 4 == 0 and (hwc or x == 1)
     strides = (b, side * y, side * x, 0 if hwc else c, y, 1 if hwc else x)
-    return strides, dict(RUN=run, PADDED=padded(run, images.dtype), SIDE=side, WORDS=words)
+    words = images.dtype == torch.uint8 and images.data_ptr() % 4 == 0 and (hwc or x == 1)
+    if any(n % 4 for n in (run, *strides[:-1])):
+        shifted = words = words and extent % 4 == 0
+    else:
+        # mma.sync would take bytes from shared memory one by one, and with conflicts; later cores
+        # take them in fewer instructions than words.
+        words, shifted = words and arch() < 90, False
+    layout = dict(RUN=run, PADDED=padded(run, images.dtype), SIDE=side)
+    return strides, layout | dict(WORDS=words, SHIFTED=shifted)
 
 
 def _precision() -> str:
@@ -261,9 +251,9 @@ def forward(
     if not batch:
         return out
     strides, layout = _layout(images, side)
-    block = blocks(weight.dtype, layout["RUN"])
+    block = blocks(weight.dtype, layout)
     tiles_m = cdiv(batch * kept, block["BLOCK_M"]) + cdiv(batch * prefix, block["BLOCK_M"])
-    weight, table = weight.contiguous(), table.contiguous()
+    weight, table = weight.contiguous(), table.to(weight.dtype).contiguous()
     _patch_embed_fwd_kernel[(tiles_m * cdiv(d, block["BLOCK_N"]),)](
         images, images if keep is None else keep.contiguous(), weight,
         weight if bias is None else bias.contiguous(), table,
@@ -277,85 +267,87 @@ def forward(
     return out
 
 
-def weight_grad(
-    d_out: Tensor, images: Tensor, keep: Tensor | None, weight: Tensor, side: int, prefix: int
-) -> Tensor:
-    """The gradient of the weight, in its shape and dtype; d_out dense."""
+def backward(
+    d_out: Tensor,
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    side: int,
+    prefix: int,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight, in its shape and dtype, and of the table, fp32 [rows, D]; d_out
+    dense."""
     batch, columns = images.shape[0], images.shape[3] // side
     kept, (d, k) = d_out.shape[1] - prefix, weight.shape
+    # Up to here one more tile of products is cheaper than a second reading of d_out.
+    positions = rows - prefix if rows - prefix <= _MOST_BY_PRODUCT else 0
     strides, layout = _layout(images, side)
-    block = blocks(weight.dtype, layout["RUN"])
-    block["BLOCK_M"] = _backward_m(weight.dtype, layout["RUN"])
+    block = blocks(weight.dtype, layout)
+    block["BLOCK_M"] = _backward_m(weight.dtype, layout)
     walked = max(1, cdiv(cdiv(batch * kept, _SPLITS), block["BLOCK_M"])) * block["BLOCK_M"]
     splits = cdiv(batch * kept, walked)
     partial = weight.new_empty(splits, 1, d * k, dtype=torch.float32)
+    table_partial = weight.new_empty(splits, 1, positions * d, dtype=torch.float32)
     if batch:
-        tiles = cdiv(d, block["BLOCK_N"]) * cdiv(k, block["BLOCK_K"])
-        _patch_embed_bwd_weight_kernel[(splits * tiles,)](
+        tiles_k = cdiv(k, block["BLOCK_K"]) + cdiv(positions, block["BLOCK_K"])
+        _patch_embed_bwd_weight_kernel[(splits * cdiv(d, block["BLOCK_N"]) * tiles_k,)](
             d_out, images, images if keep is None else keep.contiguous(),
-            partial,
-            batch * kept, kept, columns, prefix, d, k, walked,
+            partial, table_partial,
+            batch * kept, kept, columns, prefix, d, k, walked, positions,
             *strides,
             HAS_KEEP=keep is not None, **layout,
             EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
             num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
         )  # fmt: skip
-    return sum_partial(partial, weight.dtype)[0].view(d, k)
-
-
-def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
-    """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table, sorted, so in a fixed order."""
-    batch, size, d = d_out.shape
-    index = torch.arange(size, device=d_out.device).expand(batch, size)
-    if keep is not None:
-        index = torch.cat((index[:, :prefix], keep + prefix), 1)
-    index, order = index.flatten().sort(stable=True)
-    ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
-    sums = d_out.new_empty(rows, d, dtype=torch.float32)
-    block = min(256, max(16, triton.next_power_of_2(d)))
-    _sum_sorted_kernel[(rows, cdiv(d, block))](
-        d_out, order, ends,
-        sums,
-        d,
-        BLOCK_R=_SUM_ROWS, BLOCK_D=block,
-        num_warps=4,
-    )  # fmt: skip
-    return sums
+    dweight = sum_partial(partial, weight.dtype)[0].view(d, k)
+    if not positions:
+        return dweight, table_grad(d_out, keep, rows, prefix)
+    (patches,) = sum_partial(table_partial, torch.float32)
+    first = d_out[:, :prefix].sum(0, dtype=torch.float32)
+    return dweight, torch.cat((first, patches.view(positions, d)))
 
 
 def cases() -> Iterator[Case]:
     """uint8 of 16 and 14 pixels in HWC, 14 in CHW, and floating images, in bf16; fp16 and fp32."""
     strides = ("stride_b", "stride_py", "stride_px", "stride_o", "stride_y")
-    for images, dtype, side, run in (
-        (torch.uint8, torch.bfloat16, 16, 48),
-        (torch.uint8, torch.bfloat16, 14, 42),
-        (torch.uint8, torch.bfloat16, 14, 14),
-        (torch.bfloat16, torch.bfloat16, 16, 16),
-        (torch.uint8, torch.float16, 16, 48),
-        (torch.uint8, torch.float32, 16, 48),
+    all_archs, bytes_, words, shifted = (80, 90, 100), (False, False), (True, False), (True, True)
+    for images, dtype, side, run, read, archs in (
+        (torch.uint8, torch.bfloat16, 16, 48, bytes_, all_archs),
+        (torch.uint8, torch.bfloat16, 16, 48, words, (80,)),
+        (torch.uint8, torch.bfloat16, 14, 42, shifted, all_archs),
+        (torch.uint8, torch.bfloat16, 14, 14, shifted, all_archs),
+        (torch.uint8, torch.bfloat16, 16, 48, shifted, all_archs),
+        (torch.bfloat16, torch.bfloat16, 16, 16, bytes_, all_archs),
+        (torch.uint8, torch.float16, 16, 48, bytes_, all_archs),
+        (torch.uint8, torch.float32, 16, 48, bytes_, all_archs),
+        (torch.uint8, torch.float32, 16, 48, words, (80,)),
+        (torch.uint8, torch.float32, 14, 42, shifted, all_archs),
     ):
-        block, words = blocks(dtype, run), run % 16 != 0
-        layout = dict(RUN=run, PADDED=padded(run, images), SIDE=side, WORDS=words, stride_e=1)
-        layout |= dict(HAS_KEEP=True, EVEN_K=True, PRECISION="ieee")
+        layout = dict(RUN=run, PADDED=padded(run, images), SIDE=side, stride_e=1)
+        layout |= dict(WORDS=read[0], SHIFTED=read[1], HAS_KEEP=True, EVEN_K=True)
+        layout |= dict(PRECISION="ieee")
+        block = blocks(dtype, layout)
         pixels = "*u8" if images == torch.uint8 else pointer(images)
         inputs = dict(images_ptr=pixels, keep_ptr="*i64") | dict.fromkeys(strides, "i32")
         sizes = ("patches", "kept", "columns", "prefix", "D", "K")
         inputs |= dict.fromkeys(sizes, "i32")
-        unaligned = ("patches", "batch", "kept", "columns", "prefix")
-        unaligned += strides[1:] if words else ()
+        unaligned = ("patches", "batch", "kept", "columns", "prefix", "positions")
+        unaligned += strides[1:] if read[1] else ()
         stages = 3 if dtype.itemsize == 2 else 2
         name = f"{pixels[1:]} {pointer(dtype)[1:]} {side} px, runs of {run}"
-        more = dict.fromkeys(("weight_ptr", "out_ptr", "bias_ptr"), pointer(dtype))
+        name += {bytes_: "", words: " in words", shifted: " in shifted words"}[read]
+        more = dict.fromkeys(("weight_ptr", "out_ptr", "table_ptr"), pointer(dtype))
         yield Case(
             f"forward {name}", _patch_embed_fwd_kernel,
-            inputs | more | dict(table_ptr="*fp32", batch="i32"),
-            layout | dict(HAS_BIAS=True) | block, 8, stages, unaligned=unaligned,
+            inputs | more | dict(bias_ptr="*fp32", batch="i32"),
+            layout | dict(HAS_BIAS=True) | block, 8, stages, archs, unaligned,
         )  # fmt: skip
-        block["BLOCK_M"] = _backward_m(dtype, run)
-        more = dict(d_out_ptr=pointer(dtype), partial_ptr="*fp32", walked="i32")
+        block["BLOCK_M"] = _backward_m(dtype, layout)
+        more = dict(d_out_ptr=pointer(dtype), partial_ptr="*fp32", walked="i32", positions="i32")
+        more |= dict(table_partial_ptr="*fp32")
         yield Case(
             f"backward {name}", _patch_embed_bwd_weight_kernel, inputs | more,
-            layout | block, 8, stages, unaligned=unaligned,
+            layout | block, 8, stages, archs, unaligned,
         )  # fmt: skip
-    sums = dict(d_out_ptr="*bf16", order_ptr="*i64", ends_ptr="*i64", sums_ptr="*fp32", D="i32")
-    yield Case("sorted sums", _sum_sorted_kernel, sums, dict(BLOCK_R=_SUM_ROWS, BLOCK_D=256), 4)
+    yield sorted_case()

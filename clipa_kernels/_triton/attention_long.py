@@ -5,8 +5,7 @@
     backward    a program holds one sequence of one head and walks its blocks twice. First blocks
                 of queries: over all keys the maximum, the sum, delta = rowsum(P * dP) and, since
                 delta is known at the end alone, dQ as (P * dP) K - delta P K. Then blocks of keys:
-                over all queries dK and dV. The two numbers of a query stay in registers from the
-                first walk to the second.
+                over all queries dK and dV. Log-sum-exp and delta stay in registers.
 
 8 products backward where one that saves its statistics makes 7: nothing is kept from the forward,
 no gradient is added to in memory, and the order of every sum is fixed. The rows beyond the last

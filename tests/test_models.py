@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from clipa_kernels import Packed, cu_seqlens_of
 from models import (
@@ -268,6 +269,29 @@ def test_model_compiles_in_one_graph(dialect):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for name, value in compiled(images, text, keep).items():
         torch.testing.assert_close(value, model(images, text, keep)[name])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_model_compiles_once_for_any_number_of_tokens(impl):
+    """Forward and backward: a graph for the first lengths, and one for all others."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    model = tiny(impl=impl)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    keep = torch.tensor([[0, 3], [1, 2], [2, 3]])
+    for lengths in ([2, 3, 4], [5, 2, 7], [3, 3, 3], [2, 11, 2]):
+        text = Packed(torch.arange(sum(lengths)), cu_seqlens_of(lengths), max(lengths))
+        grads = []
+        for call in (compiled, model):
+            model.zero_grad()
+            image, caption, scale = call(images, text, keep).values()
+            (scale * image * caption).sum().backward()
+            grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        for mine, plain in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count <= 2
 
 
 IDS = Packed(torch.tensor([1, 39]), cu_seqlens_of([2]), 2)

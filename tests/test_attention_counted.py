@@ -60,6 +60,14 @@ def test_operations_and_bytes(row, most):
     assert backward.requested <= 1.001 * most[1] * 7 * tensor
 
 
+@pytest.mark.parametrize("size", [64, 80, 88, 104, 128])
+@pytest.mark.parametrize("length", [8, 17, 66])
+def test_sectors(length, size):
+    """An odd head of 88 or 104 starts in mid-sector, and chunks of its row still do not."""
+    for launch in passes([length] * 2, 2, size):
+        assert launch.sectors <= 1.1 * launch.requested
+
+
 @pytest.mark.parametrize("lengths", [[5] * 7, [17, 0, 30, 1], [66, 3, 81]], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_ragged_tiles_stay_inside(lengths, causal):

@@ -10,6 +10,8 @@ Of a Triton launch, from the lanes that its masks leave on:
     requested  bytes that loads and stores ask for, an atomic's twice: the traffic without a cache
     unique     the union of their addresses over the launch, loads and stores apart: the traffic
                with an endless cache. DRAM moves between the two.
+    sectors    bytes of the 32-byte sectors that each access of a program touches: what requested
+               becomes where a row starts in mid-sector or is cut there
     flops      2 M N K of each tl.dot as issued: the padding of a tile counts
     hazards    bytes that one program stores and another stores or loads in the same launch, and
                bytes that one program changes atomically and another stores or loads plainly;
@@ -52,6 +54,7 @@ class Launch:
     loaded: int = 0
     stored: int = 0
     atomics: int = 0
+    sectors: int = 0
     unique_loaded: int = 0
     unique_stored: int = 0
     unique_atomics: int = 0
@@ -312,6 +315,7 @@ class _Interpreter:
         active = addresses[on]
         if not active.size:
             return 0, mask
+        self.launch.sectors += 32 * np.unique(active // 32).size
         inside = np.zeros(active.shape, bool)
         for storage in self.storages:
             if active.max() < storage.base or storage.end <= active.min():

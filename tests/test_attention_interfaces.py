@@ -1,13 +1,16 @@
 """varlen_attention under others' names, and others behind varlen_attention's."""
 
 import inspect
+import sys
 from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from clipa_kernels import (
+    _attention_rivals,
     cu_seqlens_of,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
@@ -116,6 +119,73 @@ def test_argument_names_of_torchs_varlen_attn():
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     signature = inspect.signature(varlen.varlen_attn)
     signature.bind(*"qkv", "cu_q", "cu_k", 9, 9, scale=0.3, window_size=(-1, 0))
+
+
+def like_flash_attn(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """The signature of flash_attn 2.8's flash_attn_varlen_func, on any device."""
+    assert dropout_p == softcap == 0.0 and tuple(window_size) == (-1, -1)
+    assert alibi_slopes is block_table is None and not return_attn_probs
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+    how = dict(causal=causal, scale=softmax_scale)
+    return varlen_attention_reference(q, k, v, cu_seqlens_q, max_seqlen_q, **how)
+
+
+class BlockDiagonalMask:
+    """What xformers 0.0.35 documents of its own."""
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+        assert kv_seqlen is None and all(isinstance(length, int) for length in q_seqlen)
+        mask = cls()
+        mask.lengths, mask.device, mask.causal = q_seqlen, device, False
+        return mask
+
+    def make_causal(self):
+        mask = self.from_seqlens(self.lengths, device=self.device)
+        mask.causal = True
+        return mask
+
+
+def like_xformers(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    """The signature of xformers 0.0.35's memory_efficient_attention: [1, T, H, D]."""
+    assert isinstance(attn_bias, BlockDiagonalMask) and attn_bias.device == query.device
+    assert p == 0.0 and op is output_dtype is None and len(query) == 1
+    ends = cu_seqlens_of(attn_bias.lengths)
+    how = dict(causal=attn_bias.causal, scale=scale)
+    return varlen_attention_reference(query[0], key[0], value[0], ends, 0, **how)[None]
+
+
+STAND_INS = {
+    "flash_attn": {"flash_attn": dict(flash_attn_varlen_func=like_flash_attn)},
+    "xformers": {
+        "xformers": {},
+        "xformers.ops": dict(memory_efficient_attention=like_xformers),
+        "xformers.ops.fmha": {},
+        "xformers.ops.fmha.attn_bias": dict(BlockDiagonalMask=BlockDiagonalMask),
+    },
+}
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("impl", STAND_INS)
+def test_what_rivals_are_called_with(qkv, impl, causal, monkeypatch):
+    """Their kernels are for GPUs: here functions of their signatures take the call."""
+    for name, contents in STAND_INS[impl].items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    q, k, v = qkv.unbind(1)
+    call = getattr(_attention_rivals, impl)
+    out = call(q, k, v, cu_seqlens_of(LENGTHS), max(LENGTHS), causal, 0.3)
+    how = dict(causal=causal, scale=0.3)
+    expected = varlen_attention_reference(q, k, v, cu_seqlens_of(LENGTHS), 9, **how)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

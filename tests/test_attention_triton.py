@@ -29,6 +29,7 @@ SHAPES = {
     "64 causal": ([64], 40, True),
     "65": ([65], 80, False),
     "65 causal": ([65], 112, True),
+    "66": ([66], 104, False),
     "130": ([130], 16, False),
     "197": ([197], 64, False),
     "ragged": ([3, 0, 9, 16, 1, 8], 16, True),
@@ -42,7 +43,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def inputs(lengths, size=16):
-    heads = 1 if max(lengths, default=0) > 64 else 2  # the interpreter takes its time
+    # The interpreter takes its time; odd heads differ where they start in mid-sector.
+    heads = 1 if max(lengths, default=0) > 64 and size % 16 == 0 else 2
     generator = torch.Generator().manual_seed(0)
     return {"qkv": torch.randn(sum(lengths), 3, heads, size, generator=generator)}
 

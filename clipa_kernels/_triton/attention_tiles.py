@@ -34,8 +34,10 @@ class Config:
 
 def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tile of the short path (block_m == block_n) or the tiles of the long one."""
-    if itemsize == 4:
-        return Config(16, 16, 2 if max_seqlen <= 16 else 4, 1)  # 32 rows spill on sm_80
+    if itemsize == 4:  # 32 rows spill on sm_80
+        if max_seqlen <= 16:
+            return Config(16, 16, 4 if head_dim > 112 else 2, 1)  # 2 warps spill on sm_100
+        return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
     if max_seqlen <= 32:
@@ -52,7 +54,11 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
 def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tiles of the long forward."""
     if itemsize == 4:
-        return Config(16, 32, 4, 1)  # steps of 16 spill on sm_90, backward those of 32
+        if head_dim > 112:
+            return Config(16, 32, 8, 1)  # 4 warps spill on sm_90
+        if head_dim > 96:
+            return Config(16, 16, 4, 1)  # three chunks: steps of 32 spill on sm_80 and sm_100
+        return Config(16, 32, 4, 1)  # steps of 16 spill on sm_90 at heads of 80
     # More rows than backward: keys and values are read less often. Two stages of loads leave two
     # blocks a processor; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
     return Config(128, 32, 8, 2 if head_dim > 64 else 1)
@@ -237,4 +243,5 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
     yield torch.bfloat16, 16, 64, False, True
     yield torch.bfloat16, 77, 64, True, False
     yield torch.float16, 37, 80, True, False
-    yield from ((torch.float32, n, 80, False, True) for n in (16, 50))
+    for head_dim in (80, 88, 104, 128):
+        yield from ((torch.float32, n, head_dim, False, True) for n in (16, 50))

@@ -37,6 +37,7 @@ def _or_empty(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor,
 def contrastive_stats(
     image: Tensor, text: Tensor, scale: Tensor, first: int, begin: int, end: int, kernels: bool
 ) -> tuple[Tensor, Tensor]:
+    """As _strips.softmax_stats: rows [3, M], cols [2, N]."""
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         return _forward(kernels).softmax_stats(image, text, scale, pairs)
@@ -63,6 +64,7 @@ def contrastive_grads(
     wide: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and scale, empty where not wanted; see _strips.softmax_grads."""
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         grads = _backward(kernels).softmax_grads(
@@ -80,6 +82,8 @@ def _(image, text, scale, rows, cols, slope, d_loss, first, begin, end, wanted, 
 def contrastive_loss(
     image: Tensor, text: Tensor, scale: Tensor, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and rows [3, M], cols [2, M] and slope ([], or without kernels [0]) for
+    contrastive_grads."""
     with torch.autocast(image.device.type, enabled=False):
         return _forward(kernels).softmax_forward(image, text, scale)
 
@@ -114,6 +118,7 @@ contrastive_loss.register_autograd(_contrastive_backward, setup_context=_save_co
 def contrastive_loss_one_tile(
     image: Tensor, text: Tensor, scale: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its gradients in fp32 (fp64), empty where not wanted."""
     with torch.autocast(image.device.type, enabled=False):
         return _or_empty(_strips.softmax_pass(image, text, scale, tuple(wanted)), scale)
 
@@ -135,6 +140,7 @@ def sigmoid_loss(
     end: int,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its gradients in fp32 (fp64), empty where not wanted."""
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         results = _backward(kernels).sigmoid_pass(image, text, scale, bias, pairs, tuple(wanted))

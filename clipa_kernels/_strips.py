@@ -115,7 +115,7 @@ def softmax_grads(
     d_loss / 2M * (2^(logit - row shift) / row divisor + 2^(logit - col shift) / col divisor).
 
     rows [3, M] = (shift, divisor, gradient of the positive logit); cols [2, N] = (shift, divisor).
-    slope: [0]; where kernels run, d loss / d scale, which is read off a product here.
+    slope: [0], unused: here the scale's gradient is read off a product, by kernels off the forward.
     wide: in fp32 (fp64), not yet in the features' dtype.
     """
 

@@ -70,15 +70,15 @@ def bias_gelu(
     if impl == "triton":
         return torch.ops.clipa.bias_gelu(x, bias, approximate)
     if torch.compiler.is_compiling():
-        return _gelu(x, bias, approximate)
+        return _gelu(_biased(x, bias), approximate)
     return _BiasGelu.apply(x, bias, approximate)
 
 
-def _gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    return _of(x if bias is None else (x + bias).to(x.dtype), approximate)
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else (x + bias).to(x.dtype)
 
 
-def _of(z: Tensor, approximate: str) -> Tensor:
+def _gelu(z: Tensor, approximate: str) -> Tensor:
     return (
         z * torch.sigmoid(1.702 * z)
         if approximate == "quick"
@@ -91,10 +91,10 @@ class _BiasGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        z = x if bias is None else (x + bias).to(x.dtype)
+        z = _biased(x, bias)
         ctx.save_for_backward(z)
         ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
-        return _of(z, approximate)
+        return _gelu(z, approximate)
 
     @staticmethod
     @once_differentiable
@@ -107,8 +107,10 @@ class _BiasGelu(torch.autograd.Function):
             dx = torch.ops.aten.gelu_backward(dy, z, approximate=ctx.approximate)
         if not ctx.needs_input_grad[1]:
             return dx, None, None
-        # Added in fp32 whatever the dtypes are; 16 bit to 16 bit without a wide copy.
-        return dx, dx.sum(tuple(range(dx.dim() - 1)), dtype=ctx.bias_dtype), None
+        # torch adds 16 bits in fp32; a dtype narrower than dx's would round each term first.
+        wide = torch.promote_types(dx.dtype, ctx.bias_dtype)
+        d_bias = dx.sum(tuple(range(dx.dim() - 1)), dtype=wide)
+        return dx, d_bias.to(ctx.bias_dtype), None
 
 
 @torch.library.custom_op("clipa::bias_gelu", mutates_args=())

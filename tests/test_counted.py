@@ -123,6 +123,16 @@ def test_bytes_of_a_ragged_tail(dtype):
     assert launch.loaded == launch.stored == 100 * dtype.itemsize
     assert launch.unique_loaded == launch.unique_stored == 100 * dtype.itemsize
     assert launch.requested == launch.unique == 200 * dtype.itemsize
+    # Tails of 4 lanes: half a sector of fp32, a quarter of one of fp16.
+    assert launch.sectors == 2 * (3 * 32 * dtype.itemsize + 32)
+
+
+def test_sectors_of_rows_in_mid_sector():
+    """44 floats from the fifth on end five sectors after the one they begin in."""
+    memory, out = torch.randn(64), torch.zeros(64)
+    assert memory.data_ptr() % 32 == out.data_ptr() % 32 == 0
+    launch = launched(add_one, (1,), memory[4:], out, 44, BLOCK=64)
+    assert (launch.requested, launch.sectors) == (2 * 44 * 4, 6 * 32 + 6 * 32)
     assert (launch.flops, launch.hazards, launch.out_of_bounds, launch.atomics) == (0, 0, 0, 0)
 
 

@@ -276,12 +276,12 @@ def test_model_compiles_once_for_any_number_of_tokens(impl):
     """Forward and backward: a graph for the first lengths, and one for all others."""
     if impl == "triton":
         pytest.importorskip("triton")
-    model = tiny(impl=impl)
+    model = tiny(impl=impl, vision=dict(depth=1), text=dict(depth=1))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     keep = torch.tensor([[0, 3], [1, 2], [2, 3]])
-    for lengths in ([2, 3, 4], [5, 2, 7], [3, 3, 3], [2, 11, 2]):
+    for lengths in ([2, 3, 4], [5, 2, 7], [2, 11, 2]):
         text = Packed(torch.arange(sum(lengths)), cu_seqlens_of(lengths), max(lengths))
         grads = []
         for call in (compiled, model):

@@ -202,18 +202,26 @@ def _merged(
 
 
 @triton.jit
-def _half_loss(high, total, moment, positive, scale, PAIRED: tl.constexpr):
-    """Of the rows or the columns, sums n in units of 2^high and p of the positive likewise: the
-    loss log(1 + n / p); its scale gradient, mean cosine of all less the positive's; what
-    softmax_grads subtracts (and, PAIRED, divides by, n + p); the positive's gradient -n / (n + p).
-    """
+def _finish_half(
+    lse_ptr, stats_ptr, positive, scale, offs, mask, n, parts,
+    PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of rows or columns, with sums n of the negatives and p of the positive: stores the shift
+    (and, PAIRED, the divisor n + p) of softmax_grads in stats [2, n]; returns the loss
+    log(1 + n / p), its gradient for the scale, the mean cosine less the positive's, and for the
+    positive, -n / (n + p): [BLOCK] each."""
+    high, total, moment = _merged(lse_ptr, offs, mask, n, parts, PAIRED, BLOCK, PARTS)
     bits = positive * scale
     x = (high - bits) * LN2 + tl.log(total)
     # NaN, not a loss of 0, where the positive is infinite.
     loss = tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))) + bits * 0.0
     divisor = tl.exp2(bits - high) + total
-    shift = high if PAIRED else high + tl.log2(divisor)
-    return loss, (moment - total * positive) / divisor, shift, divisor, -total / divisor
+    if PAIRED:
+        tl.store(stats_ptr + offs, high, mask=mask)
+        tl.store(stats_ptr + n + offs, divisor, mask=mask)
+    else:
+        tl.store(stats_ptr + offs, high + tl.log2(divisor), mask=mask)
+    return loss, (moment - total * positive) / divisor, -total / divisor
 
 
 @triton.jit
@@ -237,28 +245,17 @@ def _contrastive_merge_kernel(
             offs = start + tl.arange(0, BLOCK)
             mask = offs < M
             positive = tl.load(rows_ptr + 2 * M + offs, mask=mask, other=0.0)
-            high, total, moment = _merged(
-                row_lse_ptr, offs, mask, M, row_parts, PAIRED, BLOCK, PARTS
-            )
-            by_row, slope, shift, divisor, d_positive = _half_loss(
-                high, total, moment, positive, scale, PAIRED
-            )
-            slopes += tl.where(mask, slope, 0.0)
-            tl.store(rows_ptr + offs, shift, mask=mask)
-            if PAIRED:
-                tl.store(rows_ptr + M + offs, divisor, mask=mask)
-            high, total, moment = _merged(
-                col_lse_ptr, offs, mask, N, col_parts, PAIRED, BLOCK, PARTS
-            )
-            by_col, slope, shift, divisor, d_more = _half_loss(
-                high, total, moment, positive, scale, PAIRED
-            )
-            slopes += tl.where(mask, slope, 0.0)
-            tl.store(cols_ptr + offs, shift, mask=mask)
-            if PAIRED:
-                tl.store(cols_ptr + N + offs, divisor, mask=mask)
-            tl.store(rows_ptr + 2 * M + offs, d_positive + d_more, mask=mask)
+            by_row, row_slope, d_row = _finish_half(
+                row_lse_ptr, rows_ptr, positive, scale, offs, mask, M, row_parts,
+                PAIRED, BLOCK, PARTS,
+            )  # fmt: skip
+            by_col, col_slope, d_col = _finish_half(
+                col_lse_ptr, cols_ptr, positive, scale, offs, mask, N, col_parts,
+                PAIRED, BLOCK, PARTS,
+            )  # fmt: skip
+            tl.store(rows_ptr + 2 * M + offs, d_row + d_col, mask=mask)
             acc += tl.where(mask, by_row + by_col, 0.0)
+            slopes += tl.where(mask, row_slope + col_slope, 0.0)
         tl.store(loss_ptr, tl.sum(acc, 0) / (2.0 * M))
         tl.store(slope_ptr, tl.sum(slopes, 0) / (2.0 * M))
     else:

@@ -36,10 +36,11 @@ def _sum_sorted_kernel(
 
 def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
     """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table, sorted, so in a fixed order."""
-    batch, size, d = d_out.shape
-    index = torch.arange(size, device=d_out.device).expand(batch, size)
-    if keep is not None:
-        index = torch.cat((index[:, :prefix], keep + prefix), 1)
+    batch, _, d = d_out.shape
+    if keep is None:
+        return d_out.sum(0, dtype=torch.float32)
+    index = torch.arange(prefix, device=d_out.device).expand(batch, prefix)
+    index = torch.cat((index, keep + prefix), 1)
     index, order = index.flatten().sort(stable=True)
     ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
     sums = d_out.new_empty(rows, d, dtype=torch.float32)

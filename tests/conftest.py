@@ -7,8 +7,7 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads it when it is imported, so all tests of one process run interpreted; what compiles
-# kernels does so in processes without it (tests/test_compiled.py). On a GPU, TRITON_INTERPRET=0
-# pytest runs the kernels there.
+# kernels does so in processes without it (tests/test_compiled.py).
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)

@@ -38,6 +38,7 @@ def attention_packed_backward(
     scale: float,
     kernels: bool = False,
 ) -> Tensor:
+    """Gradient of qkv, [T, 3, H, D]."""
     with torch.autocast(qkv.device.type, enabled=False):
         if not kernels:
             return _attention_groups.backward(dout, qkv, cu_seqlens, max_seqlen, causal, scale)
@@ -93,6 +94,7 @@ def attention_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, [T, H, D] each."""
     from ._triton import attention
 
     grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in "qkv")

@@ -26,6 +26,7 @@ def embed_patches(
     positions: Tensor,
     side: int,
 ) -> Tensor:
+    """[B, K, D] in plain torch: weight [D, P * P * C] in _patches' order, positions [L, D]."""
     x = F.linear(_patches(images, keep, side).to(weight.dtype), weight, bias)
     return x.add_(positions if keep is None else positions[keep])
 

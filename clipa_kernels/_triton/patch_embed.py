@@ -6,7 +6,7 @@
     backward   the weight's gradient is the same product from the other side, patches gathered
                again, in a few splits of the tokens that a second launch adds in order; up to 64
                positions are further columns of it, so that d_out is read once, more are sums of
-               rows sorted by index. No atomics.
+               rows, sorted by index where tokens were chosen. No atomics.
 
 A patch is RUNS runs of RUN pixels next to each other (HWC: its rows; CHW: its rows, channel by
 channel). A run that is no multiple of 16, as of 14-pixel patches, begins at any byte: it is read as

@@ -1,4 +1,5 @@
-"""The gradient of many positions: sums of rows sorted by index, in a fixed order, no atomics."""
+"""The gradient of many positions: sums of rows, sorted by index where tokens were chosen; in a
+fixed order, no atomics."""
 
 import torch
 import triton
@@ -35,7 +36,8 @@ def _sum_sorted_kernel(
 
 
 def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
-    """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table, sorted, so in a fixed order."""
+    """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table; without keep, row s is of all
+    tokens s."""
     batch, _, d = d_out.shape
     if keep is None:
         return d_out.sum(0, dtype=torch.float32)

@@ -105,10 +105,8 @@ def test_new_memory_is_the_result():
 def enough(row):
     """Blocks on a processor that the short path needs to hide the latency of memory."""
     name, shape, *_ = row.label.split()
-    length, size = map(int, shape.split("x"))
-    # Registers hold one block less; backward at 128, so does shared memory, 64 KB a block.
-    wide = size > 88
-    backward, forward = {80: 2, 90: 4 - wide, 100: 2}, {80: 4 - wide, 90: 4, 100: 2}
+    length = int(shape.split("x")[0])
+    backward, forward = {80: 2, 90: 4, 100: 2}, {80: 4, 90: 4, 100: 4}
     least = (backward if name == "backward" else forward)[row.arch]
     return length > 64 or row.blocks_per_sm >= least
 

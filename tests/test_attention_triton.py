@@ -118,17 +118,21 @@ def test_two_runs_give_equal_bits(lengths):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("lengths", [[8] * 2, [40, 3], [65], [100, 1]], ids=str)
 def test_large_logits_stay_finite(lengths, causal):
-    """Scores up to +-1e4: an answer is that of fp64 up to what rounding does to such scores."""
+    """Scores up to +-1e4, whole numbers: their sums are exact on any machine."""
     qkv = inputs(lengths)["qkv"]
-    q, k, _ = qkv.unbind(1)
-    qkv[:, 0] *= 1e4 / torch.einsum("ihd,jhd->hij", q, k).abs().max()
+    qkv[:, 1] = (2 * qkv[:, 1]).round()
+    peak = torch.einsum("ihd,jhd->hij", *qkv.unbind(1)[:2]).abs().max()
+    qkv[:, 0] = (qkv[:, 0] * (1e4 / peak)).round()
     how = dict(causal=causal, scale=1.0)
     for dtype in DTYPES.values():
         x = qkv.to(dtype)
         actual, base = (gradient(call(lengths, i, **how), x) for i in ("triton", "reference"))
         exact = gradient(call(lengths, "reference", **how), x.double())
-        for name, a, e, b in zip(("output", "gradient"), actual, exact, base, strict=True):
-            check_close(name, a, e, b)
+        check_close("output", actual[0], exact[0], base[0])
+        # fp32 holds a log-sum-exp of 1e4 to half of 1e-3, and so does a long backward P.
+        rounding = 1e4 * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps
+        error = (actual[1].double() - exact[1]).abs().max()
+        assert error <= rounding * exact[1].abs().max()  # and is not NaN
 
 
 @pytest.mark.parametrize("lengths", [[3, 6, 2], [66, 70, 2]], ids=str)

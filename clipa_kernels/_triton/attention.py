@@ -31,10 +31,12 @@ from .attention_tiles import (
     config_for,
     constexprs,
     inner,
+    load_chunk,
     load_rows,
     sequence,
     shapes,
     signature,
+    store_chunk,
     store_rows,
     stride_unit,
     turn_of,
@@ -42,6 +44,12 @@ from .attention_tiles import (
     zeros,
 )
 from .common import Case, cdiv, pointer
+
+# Columns of a head up to which a product takes and makes all its chunks together. A wider head
+# goes chunk by chunk, in fewer registers: four blocks a processor instead of two or three.
+_TOGETHER = tl.constexpr(96)
+# Chunks of a head of 113 to 128 columns, for the same.
+_OF_128 = {"forward": (64, 32, 32), "backward": (64, 64, 0)}
 
 
 @triton.jit
@@ -62,6 +70,57 @@ def _probabilities(
     p = tl.exp(s - high[:, None])
     # The largest is 1, so a sum below 1 is that of a row without keys.
     return p * (1.0 / tl.maximum(tl.sum(p, 1), 1.0))[:, None]
+
+
+@triton.jit
+def _inner(
+    a0, a1, a2, ptr, offs_m, mask_m, stride, turn,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a @ b.T with b read here, a chunk at a time where the head is wide, fp32."""
+    if HEAD_DIM <= _TOGETHER:
+        b0, b1, b2 = load_rows(ptr, offs_m, mask_m, stride, turn, HEAD_DIM, D0, D1, D2)
+        return inner(a0, a1, a2, b0, b1, b2, D1, D2, PRECISION)
+    else:
+        b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
+        acc = tl.dot(a0, tl.trans(b), input_precision=PRECISION)
+        if D1 > 0:
+            b = load_chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
+            acc = tl.dot(a1, tl.trans(b), acc, input_precision=PRECISION)
+        if D2 > 0:
+            b = load_chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
+            acc = tl.dot(a2, tl.trans(b), acc, input_precision=PRECISION)
+        return acc
+
+
+@triton.jit
+def _store_product(
+    ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn,
+    factor, p, b0, b1, b2,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write factor * p @ b, a chunk at a time where the head is wide: the widest last."""
+    if HEAD_DIM <= _TOGETHER:
+        x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
+        x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
+        store_rows(
+            ptr + token * stride_t + head * stride_h, offs_m, mask_m, stride_t * UNIT, turn,
+            x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2,
+        )  # fmt: skip
+    else:
+        ptr += token * stride_t + head * stride_h
+        p = p.to(b0.dtype)
+        if D2 > 0:
+            x = tl.dot(p, b2, input_precision=PRECISION) * factor
+            store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, D0 + D1, D2, HEAD_DIM)
+        if D1 > 0:
+            x = tl.dot(p, b1, input_precision=PRECISION) * factor
+            store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, D0, D1, HEAD_DIM)
+        x = tl.dot(p, b0, input_precision=PRECISION) * factor
+        store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, 0, D0, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -89,37 +148,19 @@ def _attention_short_fwd_kernel(
         q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    k0, k1, k2 = load_rows(
-        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
-    )  # fmt: skip
     # [BLOCK, BLOCK]
-    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    s = _inner(
+        q0, q1, q2, k_ptr + token * stride_kt + head * stride_kh,
+        offs_m, mask_m, stride_kt * UNIT, turn, HEAD_DIM, D0, D1, D2, PRECISION,
+    )  # fmt: skip
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     v0, v1, v2 = load_rows(
         v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    o0, o1, o2 = zeros(BLOCK, D0, D1, D2)
-    o0, o1, o2 = accumulate(o0, o1, o2, p, v0, v1, v2, D1, D2, PRECISION)
-    store_rows(
-        o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
-        o0, o1, o2, HEAD_DIM, D0, D1, D2,
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_product(
-    ptr, offs_m, mask_m, stride, turn, factor, p, b0, b1, b2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Write factor * p @ b."""
-    x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
-    x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
-    store_rows(
-        ptr, offs_m, mask_m, stride, turn, x0 * factor, x1 * factor, x2 * factor,
-        HEAD_DIM, D0, D1, D2,
+    _store_product(
+        o_ptr, token, head, stride_ot, stride_oh, offs_m, mask_m, turn,
+        1.0, p, v0, v1, v2, BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -153,7 +194,6 @@ def _attention_short_bwd_kernel(
         k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    grad = token * stride_gt + head * stride_gh
     # [BLOCK, BLOCK]
     s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
@@ -161,23 +201,30 @@ def _attention_short_bwd_kernel(
         do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    v0, v1, v2 = load_rows(
-        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+    if HEAD_DIM > _TOGETHER:  # before v comes: dO, its product and v are much at once
+        _store_product(
+            dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
+            1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
+            BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        )  # fmt: skip
+    dp = _inner(
+        do0, do1, do2, v_ptr + token * stride_vt + head * stride_vh,
+        offs_m, mask_m, stride_vt * UNIT, turn, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
-    dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
+    if HEAD_DIM <= _TOGETHER:
+        _store_product(
+            dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
+            1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
+            BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        )  # fmt: skip
     _store_product(
-        dv_ptr + grad, offs_m, mask_m, stride_gt * UNIT, turn, 1.0, tl.trans(p.to(q0.dtype)),
-        do0, do1, do2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+        dq_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
+        scale, ds, k0, k1, k2, BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
     _store_product(
-        dq_ptr + grad, offs_m, mask_m, stride_gt * UNIT, turn, scale, ds,
-        k0, k1, k2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
-    )  # fmt: skip
-    _store_product(
-        dk_ptr + grad, offs_m, mask_m, stride_gt * UNIT, turn, scale, tl.trans(ds),
-        q0, q1, q2, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+        dk_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
+        scale, tl.trans(ds), q0, q1, q2, BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -189,7 +236,9 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
-    grid, how = _short(q, k, v, out, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal)
+    grid, how = _short(
+        "forward", q, k, v, out, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
+    )
     unit = how["UNIT"]
     if grid:
         _attention_short_fwd_kernel[(grid,)](
@@ -220,7 +269,7 @@ def backward(
         long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
         return
     grid, how = _short(
-        do, q, k, v, *grads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
+        "backward", do, q, k, v, *grads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
     )
     unit = how["UNIT"]
     if grid:
@@ -240,7 +289,7 @@ def pack_for(max_seqlen: int, uniform: bool) -> int:
 
 
 def _short(
-    *tensors: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+    name: str, *tensors: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> tuple[int, dict[str, Any]]:
     """Programs, and the constants and staff of either short kernel."""
     x = tensors[0]
@@ -248,7 +297,7 @@ def _short(
     uniform = x.shape[0] == batch * max_seqlen
     config = config_for(max_seqlen, x.shape[2], x.element_size())
     pack = pack_for(max_seqlen, uniform)
-    how = constexprs(x.shape[2], causal, uniform, stride_unit(*tensors))
+    how = constexprs(x.shape[2], causal, uniform, stride_unit(*tensors), _OF_128[name])
     how |= dict(PACK=pack, BLOCK=config.block_m)
     how |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
     return cdiv(batch, pack) * x.shape[1] if x.shape[0] else 0, how
@@ -260,13 +309,14 @@ def cases() -> Iterator[Case]:
         config = config_for(longest, head_dim, dtype.itemsize)
         label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
         label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
-        common = constexprs(head_dim, causal, uniform, 8)
         if longest > SHORT[dtype.itemsize]:
+            common = constexprs(head_dim, causal, uniform, 8)
             yield from long_cases(dtype, longest, label, common)
             continue
         kernels = {"forward": _attention_short_fwd_kernel, "backward": _attention_short_bwd_kernel}
         for name, kernel in kernels.items():
             backward = name == "backward"
+            common = constexprs(head_dim, causal, uniform, 8, _OF_128[name])
             yield Case(
                 f"{name} {label}",
                 kernel,

@@ -73,6 +73,18 @@ def test_launches(strips, monkeypatch):
     assert count.total().launches == 2
 
 
+def test_launches_in_16_bits(monkeypatch):
+    """As many, though the texts' gradient is summed wider: rounding it is no launch."""
+    monkeypatch.setitem(grads.STRIP_ROWS, 2, 128)
+    products = []
+    for name in ("_product", "_add_product"):
+        monkeypatch.setattr(grads, name, lambda a, b, out: products.append(out.dtype))
+    _, backward = passes(contrastive_loss, leaves(384, 32)[:3])
+    assert backward.total().launches == len(kernels(backward)) == 3
+    sums = [torch.float32, torch.float32, torch.float16]  # of the text; each after the image's
+    assert products == [dtype for each in sums for dtype in (torch.float16, each)]
+
+
 @pytest.mark.parametrize("n", [65, 200])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_ragged_tiles_stay_inside(loss, n):

@@ -4,6 +4,8 @@
     sigmoid    G = sigmoid(S), less 1 on positives; the loss comes from the same tile
     dX = G Y of the strip's rows, dY += G' X over the strips
 
+dY of several strips is summed in fp32; in 16 bits the last strip's kernel rounds the sum so far,
+and its product adds to that, in the features' dtype: no launch and no pass for a cast.
 G is written in the features' dtype, with every factor, so that a 16-bit product is final; its
 strip is all that is ever held of N x N. The softmax's scale gradient comes from the forward's
 statistics; the sigmoid's sums over all logits (loss, scale, bias) leave a tile as one number each
@@ -34,6 +36,7 @@ from .contrastive_tiles import (
 
 # Rows of a strip: its G is 2 R N bytes. Products of 4096 rows keep a library at full speed.
 STRIP_ROWS = {2: 4096, 4: 2048}
+_SHARE = tl.constexpr(1024)  # elements that a program rounds at a time: 16 bytes a thread
 
 
 @triton.jit
@@ -72,17 +75,28 @@ def _part_grads(
 
 
 @triton.jit
+def _round_share(total_ptr, rounded_ptr, size):
+    """rounded = total [size] in its dtype, all programs together."""
+    step = tl.num_programs(0).to(tl.int64) * _SHARE
+    for start in range(tl.program_id(0).to(tl.int64) * _SHARE, size, step):
+        offs = start + tl.arange(0, _SHARE)
+        total = tl.load(total_ptr + offs, mask=offs < size, other=0.0)
+        tl.store(rounded_ptr + offs, total.to(rounded_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
 def _contrastive_bwd_kernel(
-    x_ptr, y_ptr, scale_ptr, bias_ptr, rows_ptr, cols_ptr, slope_ptr, d_loss_ptr,
-    g_ptr, sums_ptr,
-    row0, height, M, N, D, first, begin, end, part0, tiles,
+    x_ptr, y_ptr, scale_ptr, bias_ptr, rows_ptr, cols_ptr, slope_ptr, d_loss_ptr, total_ptr,
+    g_ptr, sums_ptr, rounded_ptr,
+    row0, height, M, N, D, first, begin, end, part0, tiles, size,
     stride_xm, stride_yn, stride_gm,
     weight,
     SIGMOID: tl.constexpr, PAIRED: tl.constexpr, SCALED: tl.constexpr, STORE_G: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the strip of `height` rows from row0.
+    """One tile of the strip of `height` rows from row0; ROUND, also rounded = total [size].
 
     softmax: G = weight * d_loss * (2^(S - row shift) / row divisor + the same by column), PAIRED,
     else without divisors; SCALED, times scale, and sums is the scale's gradient, slope * d_loss.
@@ -138,6 +152,8 @@ def _contrastive_bwd_kernel(
         tl.store(part_ptr, loss)
         tl.store(part_ptr + tiles, d_scale)
         tl.store(part_ptr + 2 * tiles, d_bias)
+    if ROUND:
+        _round_share(total_ptr, rounded_ptr, size)
 
 
 def softmax_grads(
@@ -227,65 +243,72 @@ def _strip_pass(
     d_image = x.new_empty(m, d, dtype=dtype) if wanted[0] else None
     d_text, done = None, 0
     for row0 in range(0, m, height):
-        strip = min(height, m - row0)
+        strip, total = min(height, m - row0), d_text
+        kind = dtype if row0 + strip == m else torch.float32
+        rounds = total is not None and total.dtype != kind
+        if wanted[1] and (total is None or rounds):
+            d_text = x.new_empty(n, d, dtype=kind)
         grid = cdiv(strip, config.block_m) * cdiv(n, config.block_n)
         _contrastive_bwd_kernel[(grid,)](
-            x, y, scale, *stats,
-            g, sums,
-            row0, strip, m, n, d, *pairs, done, tiles,
+            x, y, scale, *stats, total if rounds else scale,
+            g, sums, d_text if rounds else g,
+            row0, strip, m, n, d, *pairs, done, tiles, n * d,
             x.stride(0), y.stride(0), g.stride(0),
             weight or 0.0,
             SIGMOID=weight is None, PAIRED=form[0], SCALED=form[1], STORE_G=store,
-            **constexprs(config, d),
+            ROUND=rounds, **constexprs(config, d),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         done += grid
         made = g[:strip, :n]
         if wanted[0]:
             _product(made, y, d_image[row0 : row0 + strip])
-        if wanted[1] and strips == 1:
-            d_text = _product(made.t(), x, x.new_empty(n, d, dtype=dtype))
-        elif wanted[1]:
-            d_text = _add_product(d_text, made.t(), x[row0 : row0 + strip])
-    return d_image, None if d_text is None else d_text.to(dtype), sums
+        if wanted[1]:
+            product = _product if total is None else _add_product
+            product(made.t(), x[row0 : row0 + strip], d_text)
+    return d_image, d_text, sums
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b with fp32 accumulation, in out's dtype."""
     if out.dtype == a.dtype and (a.is_cuda or a.dtype == torch.float32):
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(a.float() @ b.float())
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a.float() @ b.float())
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in fp32, in place; None is zero."""
-    if total is None:
-        return _product(a, b, a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32))
-    if a.dtype == torch.float32:
-        return torch.addmm(total, a, b, out=total)
-    if a.is_cuda:
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b with fp32 accumulation, in out's dtype."""
+    if out.dtype == a.dtype and (a.is_cuda or a.dtype == torch.float32):
+        torch.addmm(out, a, b, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.addmm(out.float(), a.float(), b.float()))
 
 
 def cases() -> Iterator[Case]:
     """Every rung of the table with every variant of the kernel."""
-    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "slope_ptr", "d_loss_ptr", "sums_ptr")
-    sizes = ("row0", "height", "part0", "tiles", "stride_gm")
+    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "slope_ptr", "d_loss_ptr", "total_ptr")
+    pointers += ("sums_ptr",)
+    sizes = ("row0", "height", "part0", "tiles", "size", "stride_gm")
     for dtype, width, archs in rungs():
         types = signature(dtype) | dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32")
-        types |= dict(g_ptr=pointer(dtype), weight="fp32")
+        types |= dict(g_ptr=pointer(dtype), rounded_ptr=pointer(dtype), weight="fp32")
         config = config_for(width, dtype.itemsize, archs[0])
-        for name, sigmoid, scaled, store in (
-            ("backward", False, True, True),
-            ("backward over a group", False, False, True),
-            ("sigmoid", True, False, True),
-            ("sigmoid, sums only,", True, False, False),
+        for name, sigmoid, scaled, store, rounds in (
+            ("backward", False, True, True, False),
+            ("backward, last strip,", False, True, True, True),
+            ("backward over a group", False, False, True, False),
+            ("sigmoid", True, False, True, False),
+            ("sigmoid, sums only,", True, False, False, False),
         ):
+            if rounds and dtype == torch.float32:
+                continue
             paired = not sigmoid and (dtype == torch.float32 or not scaled)
-            form = dict(SIGMOID=sigmoid, PAIRED=paired, SCALED=scaled, STORE_G=store)
+            form = dict(SIGMOID=sigmoid, PAIRED=paired, SCALED=scaled, STORE_G=store, ROUND=rounds)
             yield Case(
                 f"{name} {pointer(dtype)[1:]} D={width}",
                 _contrastive_bwd_kernel,

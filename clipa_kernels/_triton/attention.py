@@ -106,7 +106,7 @@ def _store_product(
     if HEAD_DIM <= _TOGETHER:
         x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
         x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
-        store_rows(
+        store_rows(  # the address is made here: before the product, 17x88 spills on sm_90
             ptr + token * stride_t + head * stride_h, offs_m, mask_m, stride_t * UNIT, turn,
             x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2,
         )  # fmt: skip

@@ -70,9 +70,9 @@ def test_the_librarys_products_take_these_arguments(dtype):
     """G Y and G' X of a strip: the branches that only a GPU takes."""
     with FakeTensorMode(), torch.device("cuda"):
         g, x, y = (torch.empty(n, m, dtype=dtype) for n, m in ((256, 512), (256, 64), (512, 64)))
+        d_text, g_t = torch.empty(512, 64, dtype=torch.float32), g.t()
         for out_dtype in (dtype, torch.float32):
-            d_image, d_text = (torch.empty(n, 64, dtype=out_dtype) for n in (300, 512))
-            strip, g_t = d_image[:256], g.t()
+            strip = torch.empty(300, 64, dtype=out_dtype)[:256]
             with Operators() as called:
                 grads._product(g, y, strip)
                 grads._add_product(g_t, x, d_text)

@@ -4,8 +4,8 @@
     sigmoid    G = sigmoid(S), less 1 on positives; the loss comes from the same tile
     dX = G Y of the strip's rows, dY += G' X over the strips
 
-dY of several strips is summed in fp32; in 16 bits the last strip's kernel rounds the sum so far,
-and its product adds to that, in the features' dtype: no launch and no pass for a cast.
+dY of several strips is summed in fp32. In 16 bits the last strip's product is a kernel here: no
+library product adds to an fp32 sum and writes 16 bits, and a cast would be a launch and a pass.
 G is written in the features' dtype, with every factor, so that a 16-bit product is final; its
 strip is all that is ever held of N x N. The softmax's scale gradient comes from the forward's
 statistics; the sigmoid's sums over all logits (loss, scale, bias) leave a tile as one number each
@@ -36,7 +36,6 @@ from .contrastive_tiles import (
 
 # Rows of a strip: its G is 2 R N bytes. Products of 4096 rows keep a library at full speed.
 STRIP_ROWS = {2: 4096, 4: 2048}
-_SHARE = tl.constexpr(1024)  # elements that a program rounds at a time: 16 bytes a thread
 
 
 @triton.jit
@@ -75,28 +74,17 @@ def _part_grads(
 
 
 @triton.jit
-def _round_share(total_ptr, rounded_ptr, size):
-    """rounded = total [size] in its dtype, all programs together."""
-    step = tl.num_programs(0).to(tl.int64) * _SHARE
-    for start in range(tl.program_id(0).to(tl.int64) * _SHARE, size, step):
-        offs = start + tl.arange(0, _SHARE)
-        total = tl.load(total_ptr + offs, mask=offs < size, other=0.0)
-        tl.store(rounded_ptr + offs, total.to(rounded_ptr.dtype.element_ty), mask=offs < size)
-
-
-@triton.jit
 def _contrastive_bwd_kernel(
-    x_ptr, y_ptr, scale_ptr, bias_ptr, rows_ptr, cols_ptr, slope_ptr, d_loss_ptr, total_ptr,
-    g_ptr, sums_ptr, rounded_ptr,
-    row0, height, M, N, D, first, begin, end, part0, tiles, size,
+    x_ptr, y_ptr, scale_ptr, bias_ptr, rows_ptr, cols_ptr, slope_ptr, d_loss_ptr,
+    g_ptr, sums_ptr,
+    row0, height, M, N, D, first, begin, end, part0, tiles,
     stride_xm, stride_yn, stride_gm,
     weight,
     SIGMOID: tl.constexpr, PAIRED: tl.constexpr, SCALED: tl.constexpr, STORE_G: tl.constexpr,
-    ROUND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the strip of `height` rows from row0; ROUND, also rounded = total [size].
+    """One tile of the strip of `height` rows from row0.
 
     softmax: G = weight * d_loss * (2^(S - row shift) / row divisor + the same by column), PAIRED,
     else without divisors; SCALED, times scale, and sums is the scale's gradient, slope * d_loss.
@@ -152,8 +140,47 @@ def _contrastive_bwd_kernel(
         tl.store(part_ptr, loss)
         tl.store(part_ptr + tiles, d_scale)
         tl.store(part_ptr + 2 * tiles, d_bias)
-    if ROUND:
-        _round_share(total_ptr, rounded_ptr, size)
+
+
+@triton.jit
+def _last_product_kernel(
+    g_ptr, x_ptr, total_ptr,
+    out_ptr,
+    row0, height, N, D,
+    stride_gm, stride_xm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [N, D] = total + G' X, G and X those of the strip of `height` rows from row0."""
+    tiles_n = tl.cdiv(D, BLOCK_N)
+    start_m = tl.program_id(0) // tiles_n * BLOCK_M
+    start_n = tl.program_id(0) % tiles_n * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]
+    g_ptrs = g_ptr + start_m + (offs_m[:, None] + offs_k[None, :] * stride_gm)
+    x_ptrs = x_ptr + tl.cast(row0, tl.int64) * stride_xm + start_n
+    x_ptrs += offs_k[:, None] * stride_xm + offs_n[None, :]
+    mask_m = offs_m < stride_gm - start_m
+    mask_n = offs_n < D - start_n
+    # [BLOCK_M, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, height, BLOCK_K):
+        mask_k = offs_k < height - k
+        g = tl.load(g_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(g, x, acc)
+        g_ptrs += BLOCK_K * stride_gm
+        x_ptrs += BLOCK_K * stride_xm
+    parts = narrow_parts(acc, BLOCK_M, BLOCK_N)
+    place = tl.cast(start_m, tl.int64) * D + start_n
+    for part in tl.static_range(BLOCK_N // PART):
+        # Four columns a thread, 16 bytes of the total: of eight, a load takes half of each sector.
+        offs_p = part * PART + tl.max_contiguous(tl.arange(0, PART), 4)
+        offs = offs_m[:, None] * D + offs_p[None, :]
+        mask = (offs_m < N - start_m)[:, None] & (offs_p < D - start_n)[None, :]
+        out = parts[part] + tl.load(total_ptr + place + offs, mask=mask, other=0.0)
+        tl.store(out_ptr + place + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def softmax_grads(
@@ -243,30 +270,52 @@ def _strip_pass(
     d_image = x.new_empty(m, d, dtype=dtype) if wanted[0] else None
     d_text, done = None, 0
     for row0 in range(0, m, height):
-        strip, total = min(height, m - row0), d_text
-        kind = dtype if row0 + strip == m else torch.float32
-        rounds = total is not None and total.dtype != kind
-        if wanted[1] and (total is None or rounds):
-            d_text = x.new_empty(n, d, dtype=kind)
+        strip = min(height, m - row0)
         grid = cdiv(strip, config.block_m) * cdiv(n, config.block_n)
         _contrastive_bwd_kernel[(grid,)](
-            x, y, scale, *stats, total if rounds else scale,
-            g, sums, d_text if rounds else g,
-            row0, strip, m, n, d, *pairs, done, tiles, n * d,
+            x, y, scale, *stats,
+            g, sums,
+            row0, strip, m, n, d, *pairs, done, tiles,
             x.stride(0), y.stride(0), g.stride(0),
             weight or 0.0,
             SIGMOID=weight is None, PAIRED=form[0], SCALED=form[1], STORE_G=store,
-            ROUND=rounds, **constexprs(config, d),
+            **constexprs(config, d),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         done += grid
-        made = g[:strip, :n]
+        made = g[:strip]
         if wanted[0]:
-            _product(made, y, d_image[row0 : row0 + strip])
+            _product(made[:, :n], y, d_image[row0 : row0 + strip])
         if wanted[1]:
-            product = _product if total is None else _add_product
-            product(made.t(), x[row0 : row0 + strip], d_text)
+            last = row0 + strip == m
+            d_text = _text_product(d_text, made, n, x, row0, dtype if last else torch.float32)
     return d_image, d_text, sums
+
+
+def _text_product(
+    total: Tensor | None, g: Tensor, n: int, x: Tensor, row0: int, dtype: torch.dtype
+) -> Tensor:
+    """total + G' X in dtype, in place where that is total's; None is 0. g: the strip from row0,
+    [rows, pitch] for n texts."""
+    height, d = g.shape[0], x.shape[1]
+    g_t, strip = g[:, :n].t(), x[row0 : row0 + height]
+    if total is None:
+        total = x.new_empty(n, d, dtype=dtype)
+        _product(g_t, strip, total)
+    elif total.dtype == dtype:
+        _add_product(g_t, strip, total)
+    else:
+        config, out = config_for(d, x.element_size(), arch()), x.new_empty(n, d)
+        _last_product_kernel[(cdiv(n, config.block_m) * cdiv(d, config.block_n),)](
+            g, x, total,
+            out,
+            row0, height, n, d,
+            g.stride(0), x.stride(0),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return out
+    return total
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -280,41 +329,39 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a @ b with fp32 accumulation, in out's dtype."""
-    if out.dtype == a.dtype and (a.is_cuda or a.dtype == torch.float32):
+    """out += a @ b, out in fp32."""
+    if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out)
     elif a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        out.copy_(torch.addmm(out.float(), a.float(), b.float()))
+        out.addmm_(a.float(), b.float())
 
 
 def cases() -> Iterator[Case]:
-    """Every rung of the table with every variant of the kernel."""
-    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "slope_ptr", "d_loss_ptr", "total_ptr")
-    pointers += ("sums_ptr",)
-    sizes = ("row0", "height", "part0", "tiles", "size", "stride_gm")
+    """Every rung of the table with every variant of the kernels."""
+    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "slope_ptr", "d_loss_ptr", "sums_ptr")
+    sizes = ("row0", "height", "part0", "tiles", "stride_gm")
     for dtype, width, archs in rungs():
         types = signature(dtype) | dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32")
-        types |= dict(g_ptr=pointer(dtype), rounded_ptr=pointer(dtype), weight="fp32")
+        types |= dict(g_ptr=pointer(dtype), weight="fp32")
         config = config_for(width, dtype.itemsize, archs[0])
-        for name, sigmoid, scaled, store, rounds in (
-            ("backward", False, True, True, False),
-            ("backward, last strip,", False, True, True, True),
-            ("backward over a group", False, False, True, False),
-            ("sigmoid", True, False, True, False),
-            ("sigmoid, sums only,", True, False, False, False),
+        staff = config.num_warps, config.num_stages, archs
+        label = f"{pointer(dtype)[1:]} D={width}"
+        for name, sigmoid, scaled, store in (
+            ("backward", False, True, True),
+            ("backward over a group", False, False, True),
+            ("sigmoid", True, False, True),
+            ("sigmoid, sums only,", True, False, False),
         ):
-            if rounds and dtype == torch.float32:
-                continue
             paired = not sigmoid and (dtype == torch.float32 or not scaled)
-            form = dict(SIGMOID=sigmoid, PAIRED=paired, SCALED=scaled, STORE_G=store, ROUND=rounds)
-            yield Case(
-                f"{name} {pointer(dtype)[1:]} D={width}",
-                _contrastive_bwd_kernel,
-                types,
-                form | constexprs(config, width),
-                config.num_warps,
-                config.num_stages,
-                archs,
-            )
+            form = dict(SIGMOID=sigmoid, PAIRED=paired, SCALED=scaled, STORE_G=store)
+            constants = form | constexprs(config, width)
+            yield Case(f"{name} {label}", _contrastive_bwd_kernel, types, constants, *staff)
+        if dtype.itemsize == 2:
+            names = ("g_ptr", "x_ptr", "row0", "height", "N", "D", "stride_gm", "stride_xm")
+            own = {name: types[name] for name in names}
+            own |= dict(total_ptr="*fp32", out_ptr=pointer(dtype))
+            blocks = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+            constants = {name: constexprs(config, width)[name] for name in blocks}
+            yield Case(f"last product {label}", _last_product_kernel, own, constants, *staff)

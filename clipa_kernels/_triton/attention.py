@@ -45,11 +45,8 @@ from .attention_tiles import (
 )
 from .common import Case, cdiv, pointer
 
-# Columns of a head up to which a product takes and makes all its chunks together. A wider head
-# goes chunk by chunk, in fewer registers: four blocks a processor instead of two or three.
-_TOGETHER = tl.constexpr(96)
-# Chunks of a head of 113 to 128 columns, for the same.
-_OF_128 = {"forward": (64, 32, 32), "backward": (64, 64, 0)}
+# Chunks of a wide head of 113 to 128 columns, see _constants.
+_OF_128 = {"forward": dict(D0=64, D1=32, D2=32), "backward": dict(D0=64, D1=64, D2=0)}
 
 
 @triton.jit
@@ -75,14 +72,11 @@ def _probabilities(
 @triton.jit
 def _inner(
     a0, a1, a2, ptr, offs_m, mask_m, stride, turn,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a @ b.T with b read here, a chunk at a time where the head is wide, fp32."""
-    if HEAD_DIM <= _TOGETHER:
-        b0, b1, b2 = load_rows(ptr, offs_m, mask_m, stride, turn, HEAD_DIM, D0, D1, D2)
-        return inner(a0, a1, a2, b0, b1, b2, D1, D2, PRECISION)
-    else:
+    """a @ b.T with b read here, a chunk at a time where WIDE, fp32."""
+    if WIDE:
         b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
         acc = tl.dot(a0, tl.trans(b), input_precision=PRECISION)
         if D1 > 0:
@@ -91,26 +85,22 @@ def _inner(
         if D2 > 0:
             b = load_chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
             acc = tl.dot(a2, tl.trans(b), acc, input_precision=PRECISION)
-        return acc
+    else:
+        b0, b1, b2 = load_rows(ptr, offs_m, mask_m, stride, turn, HEAD_DIM, D0, D1, D2)
+        acc = inner(a0, a1, a2, b0, b1, b2, D1, D2, PRECISION)
+    return acc
 
 
 @triton.jit
 def _store_product(
     ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn,
     factor, p, b0, b1, b2,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write factor * p @ b, a chunk at a time where the head is wide: the widest last."""
-    if HEAD_DIM <= _TOGETHER:
-        x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
-        x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
-        store_rows(  # the address is made here: before the product, 17x88 spills on sm_90
-            ptr + token * stride_t + head * stride_h, offs_m, mask_m, stride_t * UNIT, turn,
-            x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2,
-        )  # fmt: skip
-    else:
+    """Write factor * p @ b, where WIDE a chunk at a time: the first, which is widest, last."""
+    if WIDE:
         ptr += token * stride_t + head * stride_h
         p = p.to(b0.dtype)
         if D2 > 0:
@@ -121,6 +111,13 @@ def _store_product(
             store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, D0, D1, HEAD_DIM)
         x = tl.dot(p, b0, input_precision=PRECISION) * factor
         store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, 0, D0, HEAD_DIM)
+    else:
+        x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
+        x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
+        store_rows(  # the address is made here: before the product, 17x88 spills on sm_90
+            ptr + token * stride_t + head * stride_h, offs_m, mask_m, stride_t * UNIT, turn,
+            x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -131,7 +128,8 @@ def _attention_short_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one tile; strides in UNIT elements."""
@@ -151,7 +149,7 @@ def _attention_short_fwd_kernel(
     # [BLOCK, BLOCK]
     s = _inner(
         q0, q1, q2, k_ptr + token * stride_kt + head * stride_kh,
-        offs_m, mask_m, stride_kt * UNIT, turn, HEAD_DIM, D0, D1, D2, PRECISION,
+        offs_m, mask_m, stride_kt * UNIT, turn, WIDE, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     v0, v1, v2 = load_rows(
@@ -160,7 +158,7 @@ def _attention_short_fwd_kernel(
     )  # fmt: skip
     _store_product(
         o_ptr, token, head, stride_ot, stride_oh, offs_m, mask_m, turn,
-        1.0, p, v0, v1, v2, BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        1.0, p, v0, v1, v2, BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -173,7 +171,8 @@ def _attention_short_bwd_kernel(
     stride_gt, stride_gh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of one tile; strides in UNIT elements, those of the three gradients alike."""
@@ -201,30 +200,30 @@ def _attention_short_bwd_kernel(
         do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    if HEAD_DIM > _TOGETHER:  # before v comes: dO, its product and v are much at once
+    if WIDE:  # before v comes: dO, its product and v are much at once
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
             1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
-            BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+            BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
         )  # fmt: skip
     dp = _inner(
         do0, do1, do2, v_ptr + token * stride_vt + head * stride_vh,
-        offs_m, mask_m, stride_vt * UNIT, turn, HEAD_DIM, D0, D1, D2, PRECISION,
+        offs_m, mask_m, stride_vt * UNIT, turn, WIDE, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
-    if HEAD_DIM <= _TOGETHER:
+    if not WIDE:
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
             1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
-            BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+            BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
         )  # fmt: skip
     _store_product(
         dq_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-        scale, ds, k0, k1, k2, BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        scale, ds, k0, k1, k2, BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
     _store_product(
         dk_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-        scale, tl.trans(ds), q0, q1, q2, BLOCK, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        scale, tl.trans(ds), q0, q1, q2, BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -288,6 +287,17 @@ def pack_for(max_seqlen: int, uniform: bool) -> int:
     return 16 // max_seqlen if uniform and 0 < max_seqlen <= 8 else 1
 
 
+def _constants(
+    name: str, head_dim: int, itemsize: int, max_seqlen: int, causal: bool, uniform: bool, unit: int
+) -> dict[str, Any]:
+    """Those of the short kernel `name`. Above 96 columns products in 16 bits go chunk by chunk, in
+    fewer registers: four blocks a processor instead of two or three."""
+    how = constexprs(head_dim, causal, uniform, unit)
+    how |= dict(PACK=pack_for(max_seqlen, uniform), WIDE=itemsize == 2 and head_dim > 96)
+    how |= dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
+    return how | _OF_128[name] if how["WIDE"] and head_dim > 112 else how
+
+
 def _short(
     name: str, *tensors: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> tuple[int, dict[str, Any]]:
@@ -295,12 +305,11 @@ def _short(
     x = tensors[0]
     batch = cu_seqlens.shape[0] - 1
     uniform = x.shape[0] == batch * max_seqlen
+    shape = (x.shape[2], x.element_size(), max_seqlen, causal, uniform)
+    how = _constants(name, *shape, stride_unit(*tensors))
     config = config_for(max_seqlen, x.shape[2], x.element_size())
-    pack = pack_for(max_seqlen, uniform)
-    how = constexprs(x.shape[2], causal, uniform, stride_unit(*tensors), _OF_128[name])
-    how |= dict(PACK=pack, BLOCK=config.block_m)
     how |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    return cdiv(batch, pack) * x.shape[1] if x.shape[0] else 0, how
+    return cdiv(batch, how["PACK"]) * x.shape[1] if x.shape[0] else 0, how
 
 
 def cases() -> Iterator[Case]:
@@ -310,18 +319,16 @@ def cases() -> Iterator[Case]:
         label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
         label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
         if longest > SHORT[dtype.itemsize]:
-            common = constexprs(head_dim, causal, uniform, 8)
-            yield from long_cases(dtype, longest, label, common)
+            yield from long_cases(dtype, longest, label, constexprs(head_dim, causal, uniform, 8))
             continue
         kernels = {"forward": _attention_short_fwd_kernel, "backward": _attention_short_bwd_kernel}
         for name, kernel in kernels.items():
             backward = name == "backward"
-            common = constexprs(head_dim, causal, uniform, 8, _OF_128[name])
             yield Case(
                 f"{name} {label}",
                 kernel,
                 signature(dtype, backward),
-                common | dict(PACK=pack_for(longest, uniform), BLOCK=config.block_m),
+                _constants(name, head_dim, dtype.itemsize, longest, causal, uniform, 8),
                 config.num_warps,
                 config.num_stages,
                 unaligned=(*SIZES, *(GRAD_STRIDES if backward else STRIDES)),

@@ -36,7 +36,7 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tile of the short path (block_m == block_n) or the tiles of the long one."""
     if itemsize == 4:  # 32 rows spill on sm_80
         if max_seqlen <= 16:
-            return Config(16, 16, 4 if head_dim > 96 else 2, 1)  # 2 warps spill on sm_100
+            return Config(16, 16, 4 if head_dim > 112 else 2, 1)  # 2 warps spill on sm_100
         return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
@@ -223,16 +223,10 @@ def stride_unit(*tensors: Tensor) -> int:
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:2]) else 1
 
 
-def constexprs(
-    head_dim: int,
-    causal: bool,
-    uniform: bool,
-    unit: int,
-    of_128: tuple[int, int, int] = (128, 0, 0),
-) -> dict[str, object]:
-    """Those that all kernels share; of_128: the chunks of a head of 113 to 128 columns."""
+def constexprs(head_dim: int, causal: bool, uniform: bool, unit: int) -> dict[str, object]:
+    """Those that all kernels share."""
     highest = torch.get_float32_matmul_precision() == "highest"
-    d0, d1, d2 = chunks(head_dim) if head_dim <= 112 else of_128
+    d0, d1, d2 = chunks(head_dim)
     return dict(
         UNIFORM=uniform,
         IS_CAUSAL=causal,

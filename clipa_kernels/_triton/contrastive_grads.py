@@ -161,7 +161,7 @@ def _last_product_kernel(
     g_ptrs = g_ptr + start_m + (offs_m[:, None] + offs_k[None, :] * stride_gm)
     x_ptrs = x_ptr + tl.cast(row0, tl.int64) * stride_xm + start_n
     x_ptrs += offs_k[:, None] * stride_xm + offs_n[None, :]
-    mask_m = offs_m < stride_gm - start_m
+    mask_m = offs_m < stride_gm - start_m  # up to the pitch, where G is 0: whole loads
     mask_n = offs_n < D - start_n
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

@@ -23,6 +23,7 @@ SHAPES = {
     "one token": ([1] * 17, 24, False),
     "16": ([16] * 2, 80, False),
     "17": ([17] * 2, 88, False),
+    "20": ([20, 3], 120, True),
     "32 causal": ([32] * 2, 16, True),
     "37": ([37] * 2, 104, False),
     "50": ([50], 128, False),
@@ -129,10 +130,12 @@ def test_large_logits_stay_finite(lengths, causal):
         actual, base = (gradient(call(lengths, i, **how), x) for i in ("triton", "reference"))
         exact = gradient(call(lengths, "reference", **how), x.double())
         check_close("output", actual[0], exact[0], base[0])
-        # fp32 holds a log-sum-exp of 1e4 to half of 1e-3, and so does a long backward P.
-        rounding = 1e4 * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps
-        error = (actual[1].double() - exact[1]).abs().max()
-        assert error <= rounding * exact[1].abs().max()  # and is not NaN
+        if dtype == torch.float32 and max(lengths) > 16:
+            # The long backward makes P from a log-sum-exp, which fp32 holds at 1e4 to 5e-4.
+            error = (actual[1].double() - exact[1]).abs().max()
+            assert error <= 1e4 * torch.finfo(dtype).eps * exact[1].abs().max()  # and is not NaN
+        else:
+            check_close("gradient", actual[1], exact[1], base[1])
 
 
 @pytest.mark.parametrize("lengths", [[3, 6, 2], [66, 70, 2]], ids=str)

@@ -121,7 +121,8 @@ def test_strips_and_blocks_of_any_size(loss, reference, monkeypatch):
 @pytest.mark.parametrize("kind", ["random", "duplicates"])
 @pytest.mark.parametrize(("n", "width"), [(200, 41), (300, 144), (384, 64)])
 def test_strips_in_16_bits(n, width, kind, monkeypatch):
-    """The texts' gradient is rounded once: that of duplicates in two strips cancels to the end."""
+    """The texts' gradient is rounded once, at the end: where duplicates lie in two strips it
+    cancels, which the last two shapes show. The other cases are for the shapes."""
     monkeypatch.setitem(contrastive_grads_file.STRIP_ROWS, 2, 128)
     values = leaves(n, width, 100.0, dtype=torch.float16, kind=kind)
     check(contrastive_loss, contrastive_loss_reference, values)

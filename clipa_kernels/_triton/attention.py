@@ -45,8 +45,14 @@ from .attention_tiles import (
 )
 from .common import Case, cdiv, pointer
 
-# Chunks of a wide head of 113 to 128 columns, see _constants.
-_OF_128 = {"forward": dict(D0=64, D1=32, D2=32), "backward": dict(D0=64, D1=64, D2=0)}
+# Chunks of a pass and head size in 16 bits, where those of chunks() spill or leave three blocks.
+_CUTS = {
+    ("forward", 104): (64, 16, 32),  # 64 + 32 + 16 spill on sm_80, causal and ragged
+    ("forward", 120): (64, 32, 32),
+    ("forward", 128): (64, 32, 32),  # 64 + 64 spill on sm_80, whole there are three blocks
+    ("backward", 120): (64, 64, 0),
+    ("backward", 128): (64, 64, 0),  # 64 + 32 + 32, and whole, leave three on sm_90
+}
 
 
 @triton.jit
@@ -72,11 +78,11 @@ def _probabilities(
 @triton.jit
 def _inner(
     a0, a1, a2, ptr, offs_m, mask_m, stride, turn,
-    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    APART: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a @ b.T with b read here, a chunk at a time where WIDE, fp32."""
-    if WIDE:
+    """a @ b.T with b read here, its chunks one by one where APART, fp32."""
+    if APART:
         b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
         acc = tl.dot(a0, tl.trans(b), input_precision=PRECISION)
         if D1 > 0:
@@ -95,12 +101,12 @@ def _inner(
 def _store_product(
     ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn,
     factor, p, b0, b1, b2,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, APART: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write factor * p @ b, where WIDE a chunk at a time: the first, which is widest, last."""
-    if WIDE:
+    """Write factor * p @ b, where APART chunk by chunk, the widest, which is the first, last."""
+    if APART:
         ptr += token * stride_t + head * stride_h
         p = p.to(b0.dtype)
         if D2 > 0:
@@ -128,7 +134,7 @@ def _attention_short_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    APART: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +155,7 @@ def _attention_short_fwd_kernel(
     # [BLOCK, BLOCK]
     s = _inner(
         q0, q1, q2, k_ptr + token * stride_kt + head * stride_kh,
-        offs_m, mask_m, stride_kt * UNIT, turn, WIDE, HEAD_DIM, D0, D1, D2, PRECISION,
+        offs_m, mask_m, stride_kt * UNIT, turn, APART, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
     v0, v1, v2 = load_rows(
@@ -158,7 +164,7 @@ def _attention_short_fwd_kernel(
     )  # fmt: skip
     _store_product(
         o_ptr, token, head, stride_ot, stride_oh, offs_m, mask_m, turn,
-        1.0, p, v0, v1, v2, BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        1.0, p, v0, v1, v2, BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -171,7 +177,7 @@ def _attention_short_bwd_kernel(
     stride_gt, stride_gh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    APART: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,30 +206,30 @@ def _attention_short_bwd_kernel(
         do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
         HEAD_DIM, D0, D1, D2,
     )  # fmt: skip
-    if WIDE:  # before v comes: dO, its product and v are much at once
+    if APART:  # before v comes, which would need registers beside dO and its product
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
             1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
-            BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+            BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
         )  # fmt: skip
     dp = _inner(
         do0, do1, do2, v_ptr + token * stride_vt + head * stride_vh,
-        offs_m, mask_m, stride_vt * UNIT, turn, WIDE, HEAD_DIM, D0, D1, D2, PRECISION,
+        offs_m, mask_m, stride_vt * UNIT, turn, APART, HEAD_DIM, D0, D1, D2, PRECISION,
     )  # fmt: skip
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
-    if not WIDE:
+    if not APART:  # one chunk: earlier it takes a block from sm_80
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
             1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
-            BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+            BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
         )  # fmt: skip
     _store_product(
         dq_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-        scale, ds, k0, k1, k2, BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        scale, ds, k0, k1, k2, BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
     _store_product(
         dk_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-        scale, tl.trans(ds), q0, q1, q2, BLOCK, WIDE, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        scale, tl.trans(ds), q0, q1, q2, BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -290,12 +296,13 @@ def pack_for(max_seqlen: int, uniform: bool) -> int:
 def _constants(
     name: str, head_dim: int, itemsize: int, max_seqlen: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, Any]:
-    """Those of the short kernel `name`. Above 96 columns products in 16 bits go chunk by chunk, in
-    fewer registers: four blocks a processor instead of two or three."""
+    """Those of the short kernel `name`. In 16 bits the chunks of a head go APART, each read, made
+    and written by itself: in the registers of one. In fp32 that takes more than all together."""
     how = constexprs(head_dim, causal, uniform, unit)
-    how |= dict(PACK=pack_for(max_seqlen, uniform), WIDE=itemsize == 2 and head_dim > 96)
-    how |= dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
-    return how | _OF_128[name] if how["WIDE"] and head_dim > 112 else how
+    if itemsize == 2 and (name, head_dim) in _CUTS:
+        how |= zip(("D0", "D1", "D2"), _CUTS[name, head_dim], strict=True)
+    how |= dict(PACK=pack_for(max_seqlen, uniform), APART=itemsize == 2 and how["D1"] > 0)
+    return how | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
 
 
 def _short(

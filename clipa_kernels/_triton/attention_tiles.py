@@ -118,42 +118,6 @@ def _chunk(
 
 
 @triton.jit
-def load_rows(
-    ptr, offs_m, mask_m, stride, turn,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-):  # fmt: skip
-    """Rows of a head in chunks; a chunk of no columns is the first again, and is never used."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
-    x0 = tl.load(ptrs, mask=mask, other=0.0)
-    x1 = x0
-    x2 = x0
-    if D1 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
-        x1 = tl.load(ptrs, mask=mask, other=0.0)
-    if D2 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
-        x2 = tl.load(ptrs, mask=mask, other=0.0)
-    return x0, x1, x2
-
-
-@triton.jit
-def store_rows(
-    ptr, offs_m, mask_m, stride, turn, x0, x1, x2,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-):  # fmt: skip
-    """Write chunks in the dtype of the pointer: the one cast."""
-    dtype = ptr.dtype.element_ty
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
-    tl.store(ptrs, x0.to(dtype), mask=mask)
-    if D1 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
-        tl.store(ptrs, x1.to(dtype), mask=mask)
-    if D2 > 0:
-        ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
-        tl.store(ptrs, x2.to(dtype), mask=mask)
-
-
-@triton.jit
 def load_chunk(
     ptr, offs_m, mask_m, stride, turn,
     START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -171,6 +135,35 @@ def store_chunk(
     """Write what load_chunk reads, in the dtype of the pointer."""
     ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, START, WIDTH, HEAD_DIM)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_rows(
+    ptr, offs_m, mask_m, stride, turn,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Rows of a head in chunks; a chunk of no columns is the first again, and is never used."""
+    x0 = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
+    x1 = x0
+    x2 = x0
+    if D1 > 0:
+        x1 = load_chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
+    if D2 > 0:
+        x2 = load_chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
+    return x0, x1, x2
+
+
+@triton.jit
+def store_rows(
+    ptr, offs_m, mask_m, stride, turn, x0, x1, x2,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """Write chunks in the dtype of the pointer: the one cast."""
+    store_chunk(ptr, offs_m, mask_m, stride, turn, x0, 0, D0, HEAD_DIM)
+    if D1 > 0:
+        store_chunk(ptr, offs_m, mask_m, stride, turn, x1, D0, D1, HEAD_DIM)
+    if D2 > 0:
+        store_chunk(ptr, offs_m, mask_m, stride, turn, x2, D0 + D1, D2, HEAD_DIM)
 
 
 @triton.jit
@@ -258,6 +251,8 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
     """(dtype, longest, head size, causal, uniform) of the cases to compile."""
     for head_dim in (64, 80, 88, 104, 128):
         yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
+        yield from ((torch.bfloat16, n, head_dim, True, False) for n in (17, 50))
+        yield torch.bfloat16, 50, head_dim, False, False
         if head_dim in (80, 88):
             yield torch.bfloat16, 577, head_dim, False, True
     yield torch.bfloat16, 16, 64, False, True

@@ -150,7 +150,7 @@ def _last_product_kernel(
     stride_gm, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, D] = total + G' X, G and X those of the strip of `height` rows from row0."""
+    """out = total + G' X, both [N, D] dense; G and X of the strip of `height` rows from row0."""
     tiles_n = tl.cdiv(D, BLOCK_N)
     start_m = tl.program_id(0) // tiles_n * BLOCK_M
     start_n = tl.program_id(0) % tiles_n * BLOCK_N
@@ -305,7 +305,7 @@ def _text_product(
     elif total.dtype == dtype:
         _add_product(g_t, strip, total)
     else:
-        config, out = config_for(d, x.element_size(), arch()), x.new_empty(n, d)
+        config, out = config_for(d, x.element_size(), arch()), x.new_empty(n, d, dtype=dtype)
         _last_product_kernel[(cdiv(n, config.block_m) * cdiv(d, config.block_n),)](
             g, x, total,
             out,

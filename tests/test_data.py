@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -666,8 +667,12 @@ def test_padded_rows(pairs, tokenizer):
 
 
 def test_a_loader_may_be_left_early(pairs, tokenizer):
-    for _ in EmojiLoader(pairs, tokenizer, **settings(tokenizer, steps=10**6)):
-        break
+    """Its thread ends with the iterator, though a million batches are left."""
+    batches = iter(EmojiLoader(pairs, tokenizer, **settings(tokenizer, steps=10**6)))
+    next(batches)
+    assert any(thread.name.startswith("loader") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(

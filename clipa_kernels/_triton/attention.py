@@ -45,13 +45,11 @@ from .attention_tiles import (
 )
 from .common import Case, cdiv, pointer
 
-# Chunks of a pass and head size in 16 bits, where those of chunks() spill or leave three blocks.
+# Chunks of the short forward in 16 bits, where those of chunks() spill or leave three blocks.
 _CUTS = {
-    ("forward", 104): (64, 16, 32),  # 64 + 32 + 16 spill on sm_80, causal and ragged
-    ("forward", 120): (64, 32, 32),
-    ("forward", 128): (64, 32, 32),  # 64 + 64 spill on sm_80, whole there are three blocks
-    ("backward", 120): (64, 64, 0),
-    ("backward", 128): (64, 64, 0),  # 64 + 32 + 32, and whole, leave three on sm_90
+    104: (64, 16, 32),  # 64 + 32 + 16 spill on sm_80, causal and ragged
+    120: (64, 32, 32),  # with 64 + 64 three blocks on sm_80
+    128: (64, 32, 32),
 }
 
 
@@ -299,8 +297,8 @@ def _constants(
     """Those of the short kernel `name`. In 16 bits the chunks of a head go APART, each read, made
     and written by itself: in the registers of one. In fp32 that takes more than all together."""
     how = constexprs(head_dim, causal, uniform, unit)
-    if itemsize == 2 and (name, head_dim) in _CUTS:
-        how |= zip(("D0", "D1", "D2"), _CUTS[name, head_dim], strict=True)
+    if itemsize == 2 and name == "forward" and head_dim in _CUTS:
+        how |= zip(("D0", "D1", "D2"), _CUTS[head_dim], strict=True)
     how |= dict(PACK=pack_for(max_seqlen, uniform), APART=itemsize == 2 and how["D1"] > 0)
     return how | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
 

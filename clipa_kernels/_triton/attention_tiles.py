@@ -1,6 +1,6 @@
 """A tile of rows of one head: its size, how a head size is cut, and its products; for all passes.
 
-A head of D columns is at most three chunks of a power of two: 80 = 64 + 16, 104 = 64 + 32 + 16 of
+A head of D columns is at most three chunks of 64 or less: 80 = 64 + 16, 104 = 64 + 32 + 16 of
 which 8 are masked. Padding to a power of two would multiply 128 columns for 80. Of 88 or 104
 columns of 16 bits every other head begins in mid-sector: there the columns are taken in turned
 order, from the ninth on and the first eight last, so that chunks begin where sectors do.
@@ -37,6 +37,8 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     if itemsize == 4:  # 32 rows spill on sm_80
         if max_seqlen <= 16:
             return Config(16, 16, 4 if head_dim > 112 else 2, 1)  # 2 warps spill on sm_100
+        if 96 < head_dim <= 112:
+            return Config(16, 32, 8, 1)  # three chunks: steps of 16 spill on sm_90, causal
         return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
@@ -44,10 +46,9 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
         return Config(32, 32, 2, 1)  # 16 rows a warp
     if max_seqlen <= SHORT[2]:
         return Config(64, 64, 4, 1)  # 64 rows and 4 warps are what wgmma takes
-    if head_dim > 112:
-        return Config(64, 32, 8, 1)  # two accumulators of 64 x 128: 4 warps spill on sm_80
     if head_dim > 64:
-        return Config(64, 16, 4, 1)  # steps of 32 spill backward on sm_80
+        # Steps of 32 spill on sm_80, and so do 4 warps with two accumulators of 64 x 128.
+        return Config(64, 16, 8 if head_dim > 112 else 4, 1)
     return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
 
 
@@ -58,21 +59,23 @@ def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 32, 8, 1)  # 4 warps spill on sm_90
         if head_dim > 96:
             return Config(16, 16, 4, 1)  # three chunks: steps of 32 spill on sm_80 and sm_100
-        return Config(16, 32, 4, 1)  # steps of 16 spill on sm_90 at heads of 80
+        if 64 < head_dim <= 80:
+            return Config(16, 16, 8, 1)  # 4 warps spill: steps of 32 on sm_80, of 16 on sm_90
+        return Config(16, 32, 4, 1)
     # More rows than backward: keys and values are read less often. Two stages of loads leave two
     # blocks a processor; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
     return Config(128, 32, 8, 2 if head_dim > 64 else 1)
 
 
 def chunks(head_dim: int) -> tuple[int, int, int]:
-    """The powers of two whose sum is the head size, rounded up to a multiple of 16.
+    """Powers of two up to 64 whose sum is the head size, rounded up to a multiple of 16.
 
     >>> chunks(80), chunks(88), chunks(104), chunks(128)
-    ((64, 16, 0), (64, 32, 0), (64, 32, 16), (128, 0, 0))
+    ((64, 16, 0), (64, 32, 0), (64, 32, 16), (64, 64, 0))
     """
     padded = cdiv(head_dim, 16) * 16
-    bits = [bit for bit in (128, 64, 32, 16) if padded & bit]
-    return tuple([*bits, 0, 0][:3])
+    rest = [bit for bit in (32, 16) if padded & bit]
+    return tuple([*[64] * (padded // 64), *rest, 0, 0][:3])
 
 
 @triton.jit
@@ -251,12 +254,12 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
     """(dtype, longest, head size, causal, uniform) of the cases to compile."""
     for head_dim in (64, 80, 88, 104, 128):
         yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
-        yield from ((torch.bfloat16, n, head_dim, True, False) for n in (17, 50))
+        yield from ((torch.bfloat16, n, head_dim, True, False) for n in (17, 50, 77))
         yield torch.bfloat16, 50, head_dim, False, False
         if head_dim in (80, 88):
             yield torch.bfloat16, 577, head_dim, False, True
     yield torch.bfloat16, 16, 64, False, True
-    yield torch.bfloat16, 77, 64, True, False
     yield torch.float16, 37, 80, True, False
     for head_dim in (80, 88, 104, 128):
         yield from ((torch.float32, n, head_dim, False, True) for n in (16, 50))
+        yield torch.float32, 50, head_dim, True, False

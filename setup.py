@@ -39,6 +39,7 @@ test = [
     "pytest-xdist",
     "open_clip_torch==3.3.0",
     "timm==1.0.31",
+    "transformers>=5",
     "ruff",
     "build",
     "setuptools",

@@ -42,14 +42,14 @@ def _groups(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> l
     return _ragged(tuple(cu_seqlens.tolist()), heads, causal, qkv.dtype, qkv.device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=2)
 def _ragged(
     cu_seqlens: tuple[int, ...], heads: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> list[_Group]:
     """Sequences of like length together: those that round up to the same multiple of 8.
 
     Few places are padding, and a batch of captions needs few groups. Cached, since all layers of a
-    step ask for the same lengths.
+    step ask for the same lengths; only of two, since the masks of a batch take megabytes.
     """
     ends = torch.tensor(cu_seqlens)
     starts, lengths = ends[:-1], ends.diff()

@@ -5,6 +5,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _TRITON = find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,7 +19,9 @@ def describe(tensor: Tensor) -> str:
 
 def readable(tensor: Tensor) -> bool:
     """Whether a check may read values: on the host and outside a trace, so nothing waits."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(tensor, FakeTensor)
 
 
 def require_tensor(function: str, **tensors: object) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from . import _attention_ops, _attention_rivals
-from ._check import choose_impl, describe, require_float, require_same_dtype, require_tensor
+from ._check import (
+    choose_impl,
+    describe,
+    require_float,
+    require_same_device,
+    require_same_dtype,
+    require_tensor,
+)
 from .packing import check_packed
 
 _IMPLS = ("triton", "torch", "sdpa", "reference", *_attention_rivals.PACKAGES)
@@ -88,8 +95,7 @@ def varlen_attention(
     if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
         came = ", ".join(describe(t) for t in (q, k, v))
         raise ValueError(f"{name}: q, k and v must be [T, H, D], all alike, got {came}")
-    if len({q.device, k.device, v.device}) > 1:
-        raise ValueError(f"{name}: q, k and v must be on one device, got {k.device}, {v.device}")
+    require_same_device(name, q=q, k=k, v=v)
     _check_rest(name, cu_seqlens, max_seqlen, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     impl = _choose(name, impl, q, cu_seqlens.shape[0] - 1, max_seqlen)
@@ -143,13 +149,17 @@ def _separate(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """The implementations that take three tensors."""
+    """The implementations that take three tensors; in their dtype also under autocast."""
+    args = q, k, v, cu_seqlens, max_seqlen
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _separate(impl, *args, causal, scale)
     if impl == "reference":
-        args = (q, k, v, cu_seqlens, max_seqlen)
         return varlen_attention_reference(*args, causal=causal, scale=scale)
     if impl == "triton":
-        return _attention_ops.attention(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-    return getattr(_attention_rivals, impl)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+        return _attention_ops.attention(*args, causal, scale)
+    return getattr(_attention_rivals, impl)(*args, causal, scale)
 
 
 def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str:

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from ._check import describe, readable, require_tensor
 from .attention import varlen_attention, varlen_attention_qkvpacked
 
+# What transformers' attention functions take that would change the result.
+_NOT_IMPLEMENTED = ("sliding_window", "softcap", "position_bias", "s_aux")
+_NOT_IMPLEMENTED += ("cu_seq_lens_q", "cu_seq_lens_k")
+
 
 def _refuse(function: str, **arguments: tuple[Any, Any]) -> None:
     """ValueError where an argument is not its neutral value: (came, neutral)."""
@@ -126,22 +130,35 @@ def varlen_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """For transformers.AttentionInterface.register("clipa", varlen_attention_forward).
+    """varlen_attention for models of transformers.
+
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import flash_attention_mask
+
+        AttentionInterface.register("clipa", varlen_attention_forward)
+        AttentionMaskInterface.register("clipa", flash_attention_mask)
+        model.set_attn_implementation("clipa")
+
+    Without the second, transformers passes no mask, and padding is attended to.
 
     Args:
         module: its is_causal counts where is_causal is None; a module without is not causal.
         query, key, value: [B, H, S, D].
         attention_mask: None, or [B, S], 0 where a token is padding: those rows are 0. With a mask
             the device is waited for once, for the number of tokens.
-        dropout: 0. scaling: None is D ** -0.5. kwargs: not used.
+        dropout: 0. scaling: None is D ** -0.5.
+        kwargs: sliding_window, softcap, position_bias, s_aux, cu_seq_lens_q and cu_seq_lens_k
+            must be None; others change no result and are not used.
     Returns:
         ([B, S, H, D], None): the result, and no weights.
     Raises:
-        ValueError: dropout, keys of another shape than queries, or a mask of another shape.
+        ValueError: an argument that is not implemented, keys of another shape than queries, or a
+            mask of another shape.
     Source: transformers 5, integrations/sdpa_attention.py.
     """
     name = "varlen_attention_forward"
-    _refuse(name, dropout=(dropout, 0.0))
+    given = {key: (kwargs.get(key), None) for key in _NOT_IMPLEMENTED}
+    _refuse(name, dropout=(dropout, 0.0), **given)
     require_tensor(name, query=query, key=key, value=value)
     if query.dim() != 4 or key.shape != query.shape or value.shape != query.shape:
         came = ", ".join(describe(t) for t in (query, key, value))

@@ -52,6 +52,24 @@ def test_matches_the_reference(impl, lengths, dtype, causal):
     )
 
 
+@pytest.mark.parametrize("impl", ["torch", "sdpa"])
+@pytest.mark.parametrize("lengths", [[4] * 3, [3, 0, 9]], ids=["equal", "ragged"])
+def test_a_scale_that_is_given(impl, lengths):
+    qkv, how = inputs(lengths)["qkv"], dict(causal=True, scale=0.7)
+    expected = call("reference", lengths, **how)(qkv)
+    torch.testing.assert_close(call(impl, lengths, **how)(qkv), expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "sdpa", "reference"])
+@pytest.mark.parametrize("lengths", [[4] * 3, [3, 0, 9]], ids=["equal", "ragged"])
+def test_the_dtype_under_autocast_is_that_of_the_input(impl, lengths):
+    args = inputs(lengths)["qkv"], cu_seqlens_of(lengths), max(lengths)
+    plain = varlen_attention_qkvpacked(*args, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = varlen_attention_qkvpacked(*args, impl=impl)
+    assert out.dtype == torch.float32 and torch.equal(out, plain)
+
+
 def test_reference_is_softmax_attention():
     lengths = [2, 5]
     q, k, v = inputs(lengths)["qkv"].double().unbind(1)
@@ -186,6 +204,7 @@ BAD = {
         ValueError,
         "the last stride must be 1, got 2",
     ),
+    "max's type": (dict(max_seqlen=4.0), TypeError, "max_seqlen must be an integer, got 4.0"),
     "max": (dict(max_seqlen=3), ValueError, "at least the longest sequence, 4, got 3"),
     "impl": (
         dict(impl="flash"),
@@ -210,3 +229,5 @@ def test_bad_separate_tensors_are_named():
         varlen_attention(q, q.half(), q, cu_seqlens, 4)
     with pytest.raises(ValueError, match="all alike, got 4x2x16 .* 3x2x16"):
         varlen_attention(q, q[:3], q, cu_seqlens, 4)
+    with pytest.raises(ValueError, match="on one device, got q on meta, k on cpu, v on cpu"):
+        varlen_attention(q.to("meta"), q, q, cu_seqlens, 4)

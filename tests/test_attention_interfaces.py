@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from clipa_kernels import (
@@ -102,23 +103,46 @@ def test_attention_interface_names_what_it_cannot_do():
     module = torch.nn.Identity()
     with pytest.raises(ValueError, match="varlen_attention_forward: dropout must be 0.0, got 0.1"):
         varlen_attention_forward(module, x, x, x, None, dropout=0.1)
+    with pytest.raises(
+        ValueError, match="varlen_attention_forward: softcap must be None, got 30.0"
+    ):
+        varlen_attention_forward(module, x, x, x, None, softcap=30.0)
     with pytest.raises(ValueError, match=r"None or \[B, S\] = 2x5, got 2x1x5x5 float32"):
         varlen_attention_forward(module, x, x, x, torch.zeros(2, 1, 5, 5))
     with pytest.raises(ValueError, match=r"all alike, got 2x2x5x16 .* 2x1x5x16"):
         varlen_attention_forward(module, x, x[:, :1], x, None)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("tower", ["CLIP", "Siglip"])
+def test_models_of_transformers(tower, side):
+    """Registered as the docstring says: padding reaches the function, causal or not."""
+    transformers = pytest.importorskip("transformers")
+    lines = inspect.getdoc(varlen_attention_forward).splitlines()
+    example = [line[4:] for line in lines if line.startswith("    ")][:5]
+    *register, example_use = [line for line in example if line]
+    assert example_use == 'model.set_attn_implementation("clipa")'
+    exec("\n".join(register), dict(varlen_attention_forward=varlen_attention_forward))
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ids = dict(vocab_size=100, eos_token_id=99, bos_token_id=98, pad_token_id=0)
+    config = getattr(transformers, f"{tower}TextConfig")(**sizes, **ids, max_position_embeddings=16)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{tower}TextModel")(config).eval()
+    tokens = torch.randint(1, 98, (3, 9))
+    tokens[:, -1] = 99
+    mask = (torch.arange(9) < torch.tensor([9, 5, 7])[:, None]).long()
+    mask = mask.flip(1) if side == "left" else mask
+    states = {}
+    for how in ("eager", "clipa"):
+        model.set_attn_implementation(how)
+        states[how] = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(states["clipa"][mask.bool()], states["eager"][mask.bool()])
+
+
 @pytest.mark.parametrize("impl", ["varlen_attn", "flash_attn", "xformers"])
 def test_rivals_that_cannot_run_say_why(qkv, impl):
     with pytest.raises(RuntimeError, match=f'impl "{impl}" needs .*, got'):
         varlen_attention_qkvpacked(qkv, cu_seqlens_of(LENGTHS), 9, impl=impl)
-
-
-def test_argument_names_of_torchs_varlen_attn():
-    """Its kernels are for GPUs; that it takes what it is given can be seen anywhere."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    signature = inspect.signature(varlen.varlen_attn)
-    signature.bind(*"qkv", "cu_q", "cu_k", 9, 9, scale=0.3, window_size=(-1, 0))
 
 
 def like_flash_attn(
@@ -132,6 +156,17 @@ def like_flash_attn(
     assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
     how = dict(causal=causal, scale=softmax_scale)
     return varlen_attention_reference(q, k, v, cu_seqlens_q, max_seqlen_q, **how)
+
+
+def like_varlen_attn(*args, **kwargs):
+    """The signature of torch's own varlen_attn, and the meaning that it documents."""
+    bound = inspect.signature(varlen_attn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    query, key, value, ends, ends_k, longest, longest_k = bound.args[:7]
+    window = bound.arguments["window_size"]
+    assert torch.equal(ends, ends_k) and longest == longest_k and window in ((-1, -1), (-1, 0))
+    how = dict(causal=window == (-1, 0), scale=bound.arguments["scale"])
+    return varlen_attention_reference(query, key, value, ends, longest, **how)
 
 
 class BlockDiagonalMask:
@@ -162,6 +197,7 @@ def like_xformers(
 
 
 STAND_INS = {
+    "varlen_attn": {"torch.nn.attention.varlen": dict(varlen_attn=like_varlen_attn)},
     "flash_attn": {"flash_attn": dict(flash_attn_varlen_func=like_flash_attn)},
     "xformers": {
         "xformers": {},

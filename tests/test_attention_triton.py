@@ -98,6 +98,56 @@ def test_separate_tensors_of_any_stride(lengths):
     assert torch.equal(torch.stack(grads, 1), grad)
 
 
+def test_heads_whose_stride_alone_is_not_a_multiple_of_8():
+    """Rows 40 apart, heads 20: addresses in steps of 8 would miss them."""
+    lengths = [9, 4]
+    q, k, v = torch.randn(3, 13, 2, 20, generator=torch.Generator().manual_seed(0))[..., :16]
+    assert q.stride() == (40, 20, 1)
+    mine, plain = (
+        varlen_attention(q, k, v, cu_seqlens_of(lengths), 9, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.parametrize("lengths", [[3, 9, 5], [3, 70, 5]], ids=str)
+def test_cu_seqlens_of_any_stride(lengths):
+    qkv, longest = inputs(lengths)["qkv"], max(lengths)
+    expected = gradient(call(lengths), qkv)
+    apart = torch.stack([cu_seqlens_of(lengths)] * 2, 1)[:, 0]
+    apart._base[:, 1] = 1 << 20  # what lies between must not be read
+    for function in (
+        lambda x: varlen_attention_qkvpacked(x, apart, longest, impl="triton"),
+        lambda x: varlen_attention(*x.unbind(1), apart, longest, impl="triton"),
+    ):
+        for mine, same in zip(gradient(function, qkv), expected, strict=True):
+            assert torch.equal(mine, same)
+
+
+@pytest.mark.parametrize(("lengths", "longest"), [([20, 9, 3], 16), ([90, 70, 5], 66)], ids=str)
+def test_tokens_past_max_seqlen_are_left_out(lengths, longest):
+    """Where cu_seqlens lies on a GPU nothing checks it: no row of a neighbour is read."""
+    from clipa_kernels._triton import attention
+
+    q, k, v = inputs(lengths)["qkv"].unbind(1)
+    out = attention.forward(q, k, v, cu_seqlens_of(lengths), longest, False, 0.25)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + min(length, longest))
+        n = rows.stop - rows.start
+        alone = varlen_attention_reference(q[rows], k[rows], v[rows], cu_seqlens_of([n]), n)
+        torch.testing.assert_close(out[rows], alone)
+        start += length
+
+
+def test_values_far_from_zero():
+    """All dP alike but for little: the long backward rounds what is left of them."""
+    lengths = [80, 70]
+    qkv = inputs(lengths)["qkv"]
+    qkv[:, 2] += 30
+    check_op(call(lengths), call(lengths, "reference"), {"qkv": qkv}, torch.float16)
+
+
 def test_a_gradient_of_any_stride():
     """Expanded from one number, and columns apart: copied or read in place, the same values."""
     lengths = [6, 20]

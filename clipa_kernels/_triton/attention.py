@@ -236,6 +236,7 @@ def forward(
 ) -> Tensor:
     """[T, H, D] in q's dtype, contiguous."""
     q, k, v = (within_reach(t, max_seqlen) for t in (q, k, v))
+    cu_seqlens = cu_seqlens.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
@@ -268,6 +269,7 @@ def backward(
 ) -> None:
     """Fill grads (of q, k, v; [T, H, D] each, of like strides), as forward's inputs."""
     do, q, k, v = (within_reach(t, max_seqlen) for t in (do, q, k, v))
+    cu_seqlens = cu_seqlens.contiguous()
     if max_seqlen > SHORT[q.element_size()]:
         long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
         return
@@ -324,7 +326,7 @@ def cases() -> Iterator[Case]:
         label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
         label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
         if longest > SHORT[dtype.itemsize]:
-            yield from long_cases(dtype, longest, label, constexprs(head_dim, causal, uniform, 8))
+            yield from long_cases(dtype, longest, head_dim, causal, uniform, label)
             continue
         kernels = {"forward": _attention_short_fwd_kernel, "backward": _attention_short_bwd_kernel}
         for name, kernel in kernels.items():

@@ -167,9 +167,8 @@ def _query_block(
         delta = delta * alpha + p_dp
         # The first keys' mean of dP: what is rounded below is small where dP varies little.
         centre = tl.where(start_n == 0, p_dp / tl.maximum(p_sum, 1.0), centre)
-        p_dp = p * (dp - centre[:, None])
         # Rounded as the product takes it: dQ's terms cancel where one key has all the weight.
-        p_dp = p_dp.to(k0.dtype)
+        p_dp = (p * (dp - centre[:, None])).to(k0.dtype)
         a_sum = a_sum * alpha + tl.sum(p_dp.to(tl.float32), 1)
         alpha = alpha[:, None]
         b0, b1, b2 = accumulate(
@@ -320,12 +319,14 @@ def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
     return max(16, triton.next_power_of_2(left)) if left else 0
 
 
-def _backward_sizes(
-    config: Config, max_seqlen: int, head_dim: int, uniform: bool
-) -> dict[str, int]:
-    tail = tail_for(max_seqlen, head_dim, config.block_m, uniform)
-    most = triton.next_power_of_2(max_seqlen)
-    return dict(LMAX=most, BLOCK=config.block_m, STEP=config.block_n, TAIL=tail)
+def _backward_constants(
+    config: Config, max_seqlen: int, head_dim: int, causal: bool, uniform: bool, unit: int
+) -> dict[str, Any]:
+    how = constexprs(head_dim, causal, uniform, unit)
+    if head_dim == 104 and max_seqlen > 512:
+        how |= dict(D0=64, D1=64, D2=0)  # with 1024 statistics, 64 + 32 + 16 spill on sm_80
+    how |= dict(LMAX=triton.next_power_of_2(max_seqlen), BLOCK=config.block_m, STEP=config.block_n)
+    return how | dict(TAIL=tail_for(max_seqlen, head_dim, config.block_m, uniform))
 
 
 def long_forward(
@@ -366,23 +367,22 @@ def long_backward(
             total, heads, max_seqlen,
             *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
             scale,
-            **_backward_sizes(config, max_seqlen, head_dim, uniform),
-            **constexprs(head_dim, causal, uniform, unit),
+            **_backward_constants(config, max_seqlen, head_dim, causal, uniform, unit),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
 def long_cases(
-    dtype: torch.dtype, longest: int, label: str, common: dict[str, Any]
+    dtype: torch.dtype, longest: int, head_dim: int, causal: bool, uniform: bool, label: str
 ) -> Iterator[Case]:
-    """Both passes of one longest length; common: constexprs(...)."""
-    head_dim = common["HEAD_DIM"]
+    """Both passes of one longest length."""
     config = forward_config(longest, head_dim, dtype.itemsize)
+    how = constexprs(head_dim, causal, uniform, 8)
     yield Case(
         f"forward {label}",
         _attention_long_fwd_kernel,
         signature(dtype, False),
-        common | dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
+        how | dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
         config.num_warps,
         config.num_stages,
         unaligned=(*SIZES, *STRIDES),
@@ -392,7 +392,7 @@ def long_cases(
         f"backward {label}",
         _attention_long_bwd_kernel,
         signature(dtype, True),
-        common | _backward_sizes(config, longest, head_dim, common["UNIFORM"]),
+        _backward_constants(config, longest, head_dim, causal, uniform, 8),
         config.num_warps,
         config.num_stages,
         unaligned=(*SIZES, *GRAD_STRIDES),

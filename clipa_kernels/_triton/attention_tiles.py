@@ -256,8 +256,8 @@ def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
         yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
         yield from ((torch.bfloat16, n, head_dim, True, False) for n in (17, 50, 77))
         yield torch.bfloat16, 50, head_dim, False, False
-        if head_dim in (80, 88):
-            yield torch.bfloat16, 577, head_dim, False, True
+        yield torch.bfloat16, 577, head_dim, False, True
+        yield torch.bfloat16, 577, head_dim, True, False
     yield torch.bfloat16, 16, 64, False, True
     yield torch.float16, 37, 80, True, False
     for head_dim in (80, 88, 104, 128):

@@ -140,6 +140,12 @@ def test_tokens_past_max_seqlen_are_left_out(lengths, longest):
         start += length
 
 
+def test_a_backward_cut_otherwise_beyond_512_tokens():
+    lengths, qkv = [513], inputs([513], 104)["qkv"][:, :, :1]
+    how = dict(causal=True)
+    check_op(call(lengths, **how), call(lengths, "reference", **how), {"qkv": qkv}, torch.float16)
+
+
 def test_values_far_from_zero():
     """All dP alike but for little: the long backward rounds what is left of them."""
     lengths = [80, 70]

@@ -323,7 +323,7 @@ def _backward_constants(
     config: Config, max_seqlen: int, head_dim: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, Any]:
     how = constexprs(head_dim, causal, uniform, unit)
-    if head_dim == 104 and max_seqlen > 512:
+    if 96 < head_dim <= 112 and max_seqlen > 512 and config.block_m == 64:  # 16 bits
         how |= dict(D0=64, D1=64, D2=0)  # with 1024 statistics, 64 + 32 + 16 spill on sm_80
     how |= dict(LMAX=triton.next_power_of_2(max_seqlen), BLOCK=config.block_m, STEP=config.block_n)
     return how | dict(TAIL=tail_for(max_seqlen, head_dim, config.block_m, uniform))

@@ -284,16 +284,39 @@ class ShardLoader(Dataset):
 
 def _read_pair(file: BinaryIO, row: Sequence[int], with_image: bool = True) -> tuple[bytes, str]:
     """The image file's bytes (none, if not asked for) and the caption of a row of `scan`."""
-    at, size, text_at, text_size, is_json = row
-    file.seek(text_at)
-    caption = file.read(text_size).decode("utf-8").strip()  # UnicodeDecodeError is a ValueError
-    if is_json:
-        found = json.loads(caption)  # so is JSONDecodeError
-        caption = found.get("caption") if isinstance(found, dict) else None
+    caption = _read_caption(file, row)
     if not isinstance(caption, str):
-        raise ValueError("shards: a sample's JSON must hold a caption, got none")
-    file.seek(at)
-    return file.read(size) if with_image else b"", caption
+        came = "none" if caption is None else f"a {type(caption).__name__}"
+        raise ValueError(f"shards: a sample's JSON must hold a caption, got {came}")
+    return _read_image(file, row) if with_image else b"", caption
+
+
+def _read_caption(file: BinaryIO, row: Sequence[int]) -> object:
+    """What a row's .txt holds, or what its .json holds as "caption"; None if that is missing."""
+    file.seek(row[2])
+    caption = file.read(row[3]).decode("utf-8").strip()  # UnicodeDecodeError is a ValueError
+    if not row[4]:
+        return caption
+    found = json.loads(caption)  # so is JSONDecodeError
+    return found.get("caption") if isinstance(found, dict) else None
+
+
+def _read_captions(file: BinaryIO, row: Sequence[int]) -> list[str]:
+    """A row's captions for retrieval: the lines of its .txt, or the text or texts of its JSON."""
+    found = _read_caption(file, row)
+    if isinstance(found, str):
+        found = [found] if row[4] else found.split("\n")
+    texts = found if isinstance(found, list) else []
+    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not captions:
+        raise ValueError("shards: a sample must hold a caption, got none")
+    "".join(captions).encode()  # half a surrogate pair is a ValueError
+    return captions
+
+
+def _read_image(file: BinaryIO, row: Sequence[int]) -> bytes:
+    file.seek(row[0])
+    return file.read(row[1])
 
 
 def _one_thread(worker: int) -> None:
@@ -313,19 +336,30 @@ def first_captions(pattern: str | Path | Sequence[str | Path], count: int = 100_
 
 def read_pairs(
     pattern: str | Path | Sequence[str | Path], size: int, count: int = 10_000
-) -> tuple[Tensor, list[str], int]:
-    """The first pairs of shards for evaluation: images squashed to a side of `size` pixels.
+) -> tuple[Tensor, list[list[str]], int]:
+    """The first samples of shards for retrieval: images squashed to a side of `size` pixels.
+
+    A picture has all the captions that its .txt has lines, that its JSON lists, or that samples
+    with the same image file have.
 
     Returns:
-        uint8 [n, size, size, 3], n captions, and how many pairs could not be read.
+        uint8 [n, size, size, 3], each picture once; the captions of each; and how many samples
+        could not be read.
     """
-    images, captions, skipped = [], [], 0
+    images: list[Tensor] = []
+    captions: list[list[str]] = []
+    places: dict[bytes, int] = {}
+    skipped = 0
     for file, row in _first_rows(pattern, count):
         try:
-            data, caption = _read_pair(file, row)
-            images.append(decode_square(data, size, squash=True))
-            captions.append(caption)
-        except ValueError:
+            texts, data = _read_captions(file, row), _read_image(file, row)
+            name = hashlib.sha256(data).digest()
+            if name not in places:
+                images.append(decode_square(data, size, squash=True))
+                places[name] = len(captions)
+                captions.append([])
+            captions[places[name]] += texts
+        except Exception:  # whatever one sample raises is that sample's fault
             skipped += 1
     empty = torch.zeros(0, size, size, 3, dtype=torch.uint8)
     return torch.stack(images) if images else empty, captions, skipped

@@ -9,9 +9,8 @@ its prompts, normalised again. Retrieval ranks captions for an image and images 
 """
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +26,9 @@ from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, build, load_weights
 from training.checkpoint import latest, load, weights
-from training.config import Config, from_json
+from training.config import Config, check_range, from_json
 from training.distributed import autocast_dtype, setup
+from training.report import sentences
 
 # For pictures of one's own: a few of OpenAI's templates for ImageNet.
 PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
@@ -268,13 +268,16 @@ class Flags:
 def main(argv: list[str] | None = None) -> None:
     """The program. A checkpoint or folder that will not do ends it with a sentence."""
     flags = tyro.cli(Flags, args=argv)
-    try:
+    with sentences("evaluate.py"):
+        check_range("batch_size", flags.batch_size)
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)
         if state is None:
-            raise ValueError(f"{path} must hold a checkpoint, got an empty folder")
-        config, tokenizer = from_json(state["config"]), Tokenizer.from_json(state["tokenizer"])
+            raise ValueError(f"{path} must hold a checkpoint, got a folder without one")
+        # How the run computed, its machine decided; this one may be another.
+        config = replace(from_json(state["config"]), impl="auto")
+        tokenizer = Tokenizer.from_json(state["tokenizer"])
         model = build_model(config, tokenizer.vocab_size)
         load_weights(model, weights(state))
         dtype = autocast_dtype(config.precision, world.device)
@@ -284,9 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         pairs = None if asked else load_emoji()
         prompts = CAPTIONS[config.captions][1]
         results, _ = evaluate(encoder, pairs, prompts, flags.images, flags.shards)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    print(json.dumps(results, indent=2) if flags.json else table(results))
+        print(json.dumps(results, indent=2) if flags.json else table(results))
 
 
 if __name__ == "__main__":

@@ -253,13 +253,14 @@ def clip_bpe(path: Path | str | None = None) -> Tokenizer:
     """CLIP's byte-pair vocabulary of 49,408 ids; gives open_clip.SimpleTokenizer's ids.
 
     Args:
-        path: bpe_simple_vocab_16e6.txt.gz; None takes the copy in an installed open_clip_torch.
+        path: bpe_simple_vocab_16e6.txt.gz; None takes the copy in an installed openai-clip or
+            open_clip_torch.
 
     Raises:
         ValueError: the file is missing or is no merge table.
-        RuntimeError: path is None and open_clip_torch is not installed.
+        RuntimeError: path is None and neither is installed.
     """
-    path = _open_clip_merges() if path is None else Path(path)
+    path = _installed_merges() if path is None else Path(path)
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -369,13 +370,18 @@ def _clean_clip(text: str) -> str:
     return re.sub(r"\s+", " ", text.strip()).strip().lower()
 
 
-def _open_clip_merges() -> Path:
-    spec = find_spec("open_clip")
-    if spec is None:
-        raise RuntimeError(
-            "clip_bpe: open_clip_torch must be installed where no path is given, got no package"
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz"
+def _installed_merges() -> Path:
+    """CLIP's merge table as a package brings it; no code of the package runs."""
+    for package in ("clip", "open_clip"):  # of openai-clip and open_clip_torch
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+            if path.is_file():
+                return path
+    raise RuntimeError(
+        "clip_bpe: openai-clip or open_clip_torch must be installed where no path is given "
+        "(pip install openai-clip), got neither"
+    )
 
 
 def _byte_letters() -> list[str]:

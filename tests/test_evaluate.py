@@ -308,7 +308,7 @@ def test_the_program_on_a_folder(encoder, tmp_path, capsys):
 
 BAD = {
     "no checkpoint": (["nowhere.pt"], "path must be a checkpoint file, got 'nowhere.pt'"),
-    "empty folder": (["{}"], "must hold a checkpoint, got an empty folder"),
+    "empty folder": (["{}"], "must hold a checkpoint, got a folder without one"),
     "half a file": (["{}/half.pt"], "must be a whole checkpoint"),
 }
 

@@ -232,10 +232,13 @@ def evaluate(
     results: dict[str, dict] = {}
     if pairs is not None:
         results, shown = evaluate_emoji(encoder, pairs, prompts)
-    if images:
-        results[f"images: {Path(images).name}"] = evaluate_folder(encoder, images)
-    if shards:
-        results[f"shards: {Path(shards).name}"] = evaluate_shards(encoder, shards)
+    for kind, path, figures in (
+        ("images", images, evaluate_folder),
+        ("shards", shards, evaluate_shards),
+    ):
+        if path:  # whose name may hold bytes that are no text
+            name = Path(path).name.encode(errors="backslashreplace").decode()
+            results[f"{kind}: {name}"] = figures(encoder, path)
     return results, shown
 
 
@@ -270,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size)
+        check_sets(flags.images, flags.shards)
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)

@@ -1,5 +1,7 @@
 """Checkpoints: exact resume, kills and damage, what is kept and refused, open_clip's reading."""
 
+import dataclasses
+import math
 import os
 import random
 import re
@@ -31,6 +33,7 @@ from training.checkpoint import (
     weights,
 )
 from training.config import Config
+from training.distributed import World
 from training.optim import adamw
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +153,78 @@ def test_save_refuses(tmp_path):
         save(tmp_path / "file", state_at(1), 1)
 
 
+def test_what_is_not_finite_is_not_written(tmp_path):
+    config = replace(CONFIG, output=str(tmp_path))
+    model = build()
+    optimizer = adamw(model, config)
+    train(model, optimizer, 2)
+    checkpoint.check_finite(model, optimizer, config, 2)
+    model[0].weight.data[1, 2] = math.nan
+    with pytest.raises(RuntimeError, match=r"in 0\.weight at step 3 of .* no checkpoint was"):
+        checkpoint.check_finite(model, optimizer, config, 3)
+    good = save(tmp_path, state_at(2), 2)
+    with pytest.raises(RuntimeError, match=rf"the last good checkpoint is {good}"):
+        checkpoint.check_finite(model, optimizer, config, 3)
+    model[0].weight.data[1, 2] = 0.0
+    optimizer.state[model[2].bias]["exp_avg_sq"][0] = math.inf
+    with pytest.raises(RuntimeError, match=r"in exp_avg_sq of 2\.bias at step 3"):
+        checkpoint.check_finite(torch.compile(model), optimizer, config, 3)
+
+
+def test_newest_with_nan_is_skipped_with_a_warning(tmp_path):
+    save(tmp_path, state_at(1), 1)
+    state = state_at(2)
+    state["state_dict"]["2.bias"][0] = math.nan
+    path = save(tmp_path, state, 2)
+    with pytest.raises(RuntimeError, match=r"must hold finite tensors, got another as 2\.bias"):
+        load(path)
+    with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
+        assert latest(tmp_path)["step"] == 1
+
+
+def run_that_wrote(folder: Path, **change: object) -> Config:
+    """The Config of a run, whose folder holds its checkpoint."""
+    config = replace(CONFIG, output=str(folder), finetune_steps=2, **change)
+    model = build()
+    metrics = {"config": dataclasses.asdict(config)}
+    save(folder, pack_state(model, adamw(model, config), config, step=5, metrics=metrics), 5)
+    return config
+
+
+CHANGES_NOTHING = {
+    "preset": "clipa-v1-b16", "workers": 3, "accumulate": 2, "finetune_accumulate": 4,
+    "eval_images": "right", "eval_shards": "right.tar", "device": "cpu", "compile": True,
+    "impl": "torch", "threads": 2, "save_every": 7, "keep_checkpoints": 3, "log_every": 9,
+}  # fmt: skip
+CHANGES_TRAINING = {
+    "lr": 0.2, "steps": 11, "batch_size": 64, "seed": 1, "precision": "bf16", "data": "b.tar",
+    "finetune_context": 8, "weight_decay": 0.3,
+}  # fmt: skip
+
+
+def test_flags_that_change_no_training_do_not_stop_a_resume(tmp_path):
+    config = run_that_wrote(tmp_path, eval_images="wrong")
+    world = World(0, 0, 1, torch.device("cpu"))
+    assert checkpoint.find(replace(config, **CHANGES_NOTHING), world)["step"] == 5
+    for field, value in CHANGES_TRAINING.items():
+        with pytest.raises(ValueError, match=f"would change {field} "):
+            checkpoint.find(replace(config, **{field: value}), world)
+    assert {*CHANGES_NOTHING, "output", "resume"} == checkpoint._FREE
+
+
+def test_a_checkpoint_without_a_runs_metrics_is_resumed(tmp_path):
+    save(tmp_path, state_at(5), 5)
+    world = World(0, 0, 1, torch.device("cpu"))
+    assert checkpoint.find(replace(CONFIG, output=str(tmp_path)), world)["metrics"] == {}
+
+
+@pytest.mark.parametrize("key", ["optimizer", "rng"])
+def test_restore_refuses_what_others_wrote(key):
+    model = build()
+    with pytest.raises(ValueError, match="its optimizer and rng must be this run's, got KeyError"):
+        restore(state_at(1) | {key: {}}, model, adamw(model, CONFIG))
+
+
 KILLED = """
 import io, sys, time, torch
 from training.checkpoint import save
@@ -189,6 +264,20 @@ def test_load_refuses(tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"must hold config, .* got only epoch, state_dict"):
         load(tmp_path / "other.pt")
+    weights = {f"layer{i}": torch.zeros(1) for i in range(20)}
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"must hold config, .* got only layer0, .*") as error:
+        load(tmp_path / "weights.pt")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+    torch.save(state_at(1) | {"step": "5"}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="must hold step, got"):
+        load(tmp_path / "step.pt")
+    torch.save(state_at(1) | {"state_dict": {"a": 1}}, tmp_path / "numbers.pt")
+    with pytest.raises(RuntimeError, match="must hold finite tensors, got another as a"):
+        load(tmp_path / "numbers.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(RuntimeError, match=r"must be a whole checkpoint, got [^.\n]*$"):
+        load(tmp_path / "module.pt")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"must hold config, .* got only list"):
         load(tmp_path / "list.pt")

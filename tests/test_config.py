@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,7 +269,13 @@ def test_one_process_is_a_world(monkeypatch):
     assert world.any(True) and not world.any(False)
     assert world.mean(torch.tensor(3.0)) == 3
     world.barrier()
+    with pytest.raises(ValueError, match="no picture"):
+        world.agree(lambda: (_ for _ in ()).throw(ValueError("no picture")))
     world.close()
+    assert distributed.world_size() == 1
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed.world_size() == 4
 
 
 def test_ranks_from_torchrun_and_slurm():
@@ -304,6 +311,8 @@ def test_setup_refuses(monkeypatch):
         distributed.setup("toaster")
     with pytest.raises(RuntimeError, match="device cuda needs a GPU"):
         distributed.setup("cuda")
+    with pytest.raises(RuntimeError, match="device meta must be one that works, got"):
+        distributed.setup("meta")
     with pytest.raises(ValueError, match="threads must be at least 0, got -1"):
         distributed.setup("cpu", threads=-1)
 
@@ -323,6 +332,16 @@ def _member(rank: int, port: int) -> None:
     world = distributed.setup("cpu", threads=1, timeout=60)
     assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
     assert world.any(rank == 1) and not world.any(False)
+    asked = []
+    world.agree(lambda: asked.append(rank))
+    assert asked == [0] * (rank == 0)  # rank 0 alone looks
+    try:
+        world.agree(lambda: Path("no such file").read_text())
+    except (ValueError, SystemExit) as error:  # told once, and all end
+        told = "No such file" in str(error)
+        assert told == (rank == 0) and isinstance(error, ValueError) == told
+    else:
+        raise AssertionError("all must end")
     own = torch.tensor([1.0 + rank])
     assert world.sum(own) == 3 and world.mean(own) == 1.5 and own == 1 + rank
     world.barrier()

@@ -16,6 +16,7 @@ from training.report import (
     peak_memory,
     picture,
     read_rows,
+    sentences,
     summary,
     write_results,
 )
@@ -237,3 +238,35 @@ def test_picture_refuses(tmp_path):
     with pytest.raises(ValueError, match="one name of each kind an image, got 2 images, 1 chosen"):
         picture(tmp_path / "r.png", images=image.repeat(2, 1, 1, 1), **common)
     assert not list(tmp_path.iterdir())
+
+
+ENDS = {
+    "value": (ValueError("lr must be"), "lr must be"),
+    "file": (FileNotFoundError(2, "No such file", "a.tar"), "No such file.*a.tar"),
+    "house": (RuntimeError("save: the disk must have room,\ngot 0 bytes"), "save: the disk"),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried"), "must fit in memory, got CUDA"),
+    "no words": (MemoryError(), "must fit in memory, got MemoryError"),
+    "loader's process": (
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent "
+            "call last):\n  File x\nRuntimeError: scan: a tar must be whole, got half"
+        ),
+        "scan: a tar must be whole, got half$",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "says"), ENDS.values(), ids=ENDS)
+def test_errors_that_a_user_can_mend_are_sentences(error, says):
+    with pytest.raises(SystemExit, match=rf"^program: .*{says}"), sentences("program"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 cannot be multiplied"), KeyError("a"), NotImplementedError("b")],
+    ids=["torch's", "key", "not there"],
+)
+def test_faults_of_the_program_keep_their_traceback(error):
+    with pytest.raises(type(error)), sentences("program"):
+        raise error

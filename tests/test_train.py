@@ -1,16 +1,21 @@
 """The program: a whole run, a kill and a resume, several processes, parts of a batch, bad input."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+from PIL import Image
 
 import train
 from data.emoji import load_emoji
@@ -230,6 +235,95 @@ def main_says(tmp_path, **change):
 )
 def test_bad_flags_end_with_a_sentence(tmp_path, change, words):
     assert words in main_says(tmp_path, **change)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    """Eight pairs in a tar."""
+    path = tmp_path_factory.mktemp("pairs") / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(8):
+            picture = io.BytesIO()
+            Image.new("RGB", (16, 16), (30 * i, 90, 10)).save(picture, "PNG")
+            for end, data in (("png", picture.getvalue()), ("txt", f"boat {i}".encode())):
+                member = tarfile.TarInfo(f"{i}.{end}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def on_shards(shard, folder, **change):
+    """Flags of a run of two seconds in this process."""
+    few = dict(image_size=16, image_mask="none", image_drop=0.0, batch_size=8, steps=4, warmup=1)
+    return flags(folder, **few | dict(data=shard, vocab_size=200, finetune_steps=0) | change)
+
+
+LATE = {
+    "no folder": dict(eval_images="{}/none"),
+    "no picture": dict(eval_images="{}"),
+    "no shard": dict(eval_shards="{}/none.tar"),
+    "no tar": dict(eval_shards="{}/folder/broken.png"),
+    "no room for text": dict(finetune_steps=1, finetune_warmup=0, finetune_context=2, start=True),
+    "no triton": dict(impl="triton"),
+}
+
+
+@pytest.mark.parametrize("change", LATE.values(), ids=LATE)
+def test_what_comes_after_training_is_asked_before(shard, tmp_path, change, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "broken.png").write_bytes(b"no picture")
+    change = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in change.items()}
+    if change.pop("start", False):  # a tokenizer whose two special tokens leave no room
+        words = Tokenizer(train_wordpiece(["a boat"], 100, start=True))
+        words.save(tmp_path / "words.json")
+        change["tokenizer"] = str(tmp_path / "words.json")
+    with pytest.raises(SystemExit, match=r"^train\.py: \w+: "):
+        train.main(on_shards(shard, tmp_path / "run", **change))
+    assert not rows(tmp_path / "run") and not checkpoint.checkpoints(tmp_path / "run")
+
+
+def test_an_evaluation_that_fails_costs_no_step(shard, tmp_path, monkeypatch):
+    """The set vanishes while the run trains; the next one, with the path put right, evaluates."""
+    for name in ("gone", "there"):
+        (tmp_path / name / "boat").mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name / "boat" / "1.png")
+    real = train.run_stage
+
+    def then_delete(*arguments):
+        done = real(*arguments)
+        shutil.rmtree(tmp_path / "gone")
+        return done
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="class folders, got"):
+        patch.setattr(train, "run_stage", then_delete)
+        train.main(on_shards(shard, tmp_path / "run", eval_images=str(tmp_path / "gone")))
+    before = losses(tmp_path / "run")
+    train.main(on_shards(shard, tmp_path / "run", eval_images=str(tmp_path / "there")))
+    assert losses(tmp_path / "run") == before and len(before) == 4
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["stages"]["short"]["images: there"]["top1"] == 1.0
+    # A finished run that is asked again evaluates what is asked for now; retrieval alone too.
+    train.main(on_shards(shard, tmp_path / "run", eval_shards=shard))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["stages"]["short"].keys() == {"shards: 0.tar"}
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_that_went_astray_leave_the_good_checkpoint(shard, tmp_path):
+    change = dict(steps=20, log_every=20, save_every=1, keep_checkpoints=1)
+    with pytest.raises(SystemExit, match="must be finite, got .* the last good checkpoint is"):
+        train.main(on_shards(shard, tmp_path, lr=100.0, weight_decay=100.0, **change))
+    (kept,) = checkpoint.checkpoints(tmp_path)
+    assert checkpoint.load(kept)["step"] > 0  # which refuses what is not finite
+
+
+def test_broken_files_end_with_a_sentence(shard, tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    torch.save({"epoch": 1, "name": "b", "state_dict": {}, "optimizer": {}}, tmp_path / "theirs.pt")
+    for name, says in (("broken", "must be a whole checkpoint"), ("theirs", "must hold config")):
+        with pytest.raises(SystemExit, match=rf"^train\.py: load: .*{says}"):
+            train.main(on_shards(shard, tmp_path / "run", resume=str(tmp_path / f"{name}.pt")))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -78,11 +78,19 @@ def pack_state(
 
 
 def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Put a state back into model, optimiser and random generators; return the steps done."""
+    """Put a state back into model, optimiser and random generators; return the steps done.
+
+    Raises:
+        ValueError: the optimiser's state, or the generators', is of another kind.
+    """
     unwrap(model).load_state_dict(weights(state))
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+            set_rng_state(state["rng"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            must = "its optimizer and rng must be this run's"
+            raise ValueError(f"checkpoint: {must}, got {error!r}") from error
     return state["step"]
 
 
@@ -200,7 +208,7 @@ def load(path: str | Path) -> dict:
 
     Raises:
         ValueError: no such file, or not a checkpoint of this program.
-        RuntimeError: half written or damaged.
+        RuntimeError: half written, damaged, or of weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -212,12 +220,15 @@ def load(path: str | Path) -> dict:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes make it
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise RuntimeError(f"load: {path} must be a whole checkpoint, got {reason}") from error
     held = state if isinstance(state, dict) else {}
     if missing := [key for key, kind in _KEYS.items() if not isinstance(held.get(key), kind)]:
-        came = ", ".join(sorted(map(str, held))) or type(state).__name__
+        came = ", ".join(sorted(map(str, held))[:8]) or type(state).__name__
         raise ValueError(f"load: {path} must hold {', '.join(sorted(missing))}, got only {came}")
+    for name, tensor in state["state_dict"].items():
+        if not isinstance(tensor, Tensor) or not bool(tensor.isfinite().all()):
+            raise RuntimeError(f"load: {path} must hold finite tensors, got another as {name}")
     return {"tokenizer": "", "metrics": {}} | state
 
 

@@ -193,7 +193,7 @@ def _device(name: str, local_rank: int, size: int) -> torch.device:
     try:
         torch.zeros(1, device=device).cpu()  # not on "meta", nor on hardware that is not here
     except Exception as error:  # each backend has its own
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition(". ")[0]
         raise RuntimeError(f"setup: device {name} must be one that works, got {reason}") from error
     return device
 

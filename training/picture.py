@@ -124,7 +124,8 @@ def _draw_accuracy(axis, results: dict[str, dict[str, dict]]) -> None:
             figures = results[stage].get(split)
             if figures is None:
                 continue
-            share, most = figures["top1"], max(most, figures["top1"])
+            share = figures.get("top1", figures.get("image_to_text_r1", 0.0))  # or retrieval's
+            most = max(most, share)
             at = row + (number - (len(stages) - 1) / 2) * height
             label = _STAGE_WORDS[stage] if row == 0 else None
             axis.barh(at, share, height * 0.9, color=_STAGE_COLOURS[stage], label=label)
@@ -134,7 +135,7 @@ def _draw_accuracy(axis, results: dict[str, dict[str, dict]]) -> None:
             axis.plot([chance] * 2, [at - height / 2, at + height / 2], color=_WRONG, label=label)
     last = results[stages[-1]] if stages else {}
     names = [f"{textwrap.fill(s, 26)}\nn={last[s]['n']}" if s in last else s for s in splits]
-    axis.set_yticks(range(len(splits)), names, fontsize=8.5)
+    axis.set_yticks(range(len(splits)), names, fontsize=8.5, parse_math=False)
     axis.invert_yaxis()
     axis.set_xlim(0, max(most * 1.15, 0.01))
     axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")

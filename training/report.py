@@ -91,7 +91,7 @@ def sentences(program: str) -> Iterator[None]:
             words = words.splitlines()[-1].partition(": ")[2]
         if re.search(r"out of memory|allocate|MemoryError", words):
             words = f"the run must fit in memory, got {words.splitlines()[0]}"
-        elif isinstance(error, RuntimeError) and not re.match(r"\w+: .+, got ", words, re.DOTALL):
+        elif isinstance(error, RuntimeError) and not re.match(r"\w+: .+\bgot\b", words, re.DOTALL):
             raise
         sys.exit(f"{program}: {words}")
 

@@ -7,6 +7,7 @@ import re
 import sys
 import tarfile
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -291,8 +292,9 @@ def test_folder_names_in_other_bytes(encoder, tmp_path):
         assert evaluate_folder(encoder, tmp_path)["n"] == 2
 
 
-def test_the_program_on_a_folder(encoder, tmp_path, capsys):
-    config = preset("emoji")
+def test_the_program_on_a_folder(encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = replace(preset("emoji"), impl="triton")  # of a machine with a GPU; here is none
     model = evaluate.build_model(config)
     run = tmp_path / "run"
     state = checkpoint.pack_state(
@@ -307,6 +309,10 @@ def test_the_program_on_a_folder(encoder, tmp_path, capsys):
 
 
 BAD = {
+    "no batch": (["x.pt", "--batch-size", "0"], r"batch_size must be in \[1, 1048576\], got 0"),
+    "no folder": (["x.pt", "--images", "nowhere"], "must be a folder of class folders, got"),
+    "no shard": (["x.pt", "--shards", "nowhere.tar"], "must name files that are there, got"),
+    "no device": (["x.pt", "--device", "toaster"], "device must be"),
     "no checkpoint": (["nowhere.pt"], "path must be a checkpoint file, got 'nowhere.pt'"),
     "empty folder": (["{}"], "must hold a checkpoint, got a folder without one"),
     "half a file": (["{}/half.pt"], "must be a whole checkpoint"),
@@ -314,11 +320,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(("words", "says"), BAD.values(), ids=BAD)
-def test_bad_checkpoints_end_with_a_sentence(tmp_path, words, says):
+def test_bad_flags_and_files_end_with_a_sentence(tmp_path, words, says):
     if "half" in words[0]:
         (tmp_path / "half.pt").write_bytes(b"PK\x03\x04 half of it")
-    with pytest.raises(SystemExit, match=says):
-        evaluate.main([words[0].format(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=rf"^evaluate\.py: .*{says}"):
+        evaluate.main(["--device", "cpu", words[0].format(tmp_path), *words[1:]])
 
 
 def test_bad_folders_are_named(encoder, tmp_path):

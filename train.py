@@ -8,7 +8,6 @@ Every flag is a field of training/config.py's Config. A step, the loop of a stag
 
 import dataclasses
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from data.emoji import CAPTIONS, EmojiPairs, load_emoji
 from data.loader import Batch, EmojiLoader
 from data.shards import ShardLoader, first_captions
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
-from evaluate import Encoder, build_model, evaluate, table
+from evaluate import Encoder, build_model, check_sets, evaluate, table
 from models import CLIP, SIZES, forward_flops, load_weights
 from training import checkpoint, report
 from training.config import STAGES, Config, describe, parse, stages, validate
-from training.distributed import World, autocast_dtype, setup, wrap
+from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.optim import (
     adamw,
     clamp_scale_,
@@ -157,7 +156,8 @@ class Run:
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
 
     def save(self, stage: Config, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
-        """Write a checkpoint, on rank 0."""
+        """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
+        checkpoint.check_finite(model, optimizer, stage, done)
         if self.world.is_main:
             state = checkpoint.pack_state(
                 model,
@@ -212,10 +212,7 @@ def log_step(
     """Read a step's values from the device, refuse a loss that is not finite, write the line."""
     loss = run.world.mean(values["loss"]).item()
     if not math.isfinite(loss):
-        raise RuntimeError(
-            f"the loss must be finite, got {loss} at step {done} of stage {stage.stage}; "
-            f"{stage.output} holds earlier checkpoints and the log of how it came to this"
-        )
+        raise checkpoint.not_finite(f"the loss must be finite, got {loss}", stage, done)
     pairs = len(batch.images)
     image_tokens = (values["tokens"] - len(batch.ids)) // pairs
     flops = 3 * forward_flops(model, image_tokens, len(batch.ids) / pairs)
@@ -288,16 +285,27 @@ def open_batches(run: Run, stage: Config, first: int, end: int) -> EmojiLoader |
     return ShardLoader(stage.data, run.tokenizer, workers=stage.workers, **how)
 
 
+def rehearse(stage: Config, tokenizer: Tokenizer, world: World) -> None:
+    """Make one small batch: what the second stage cannot do is told before the first one trains."""
+    text = tokenizer.encode(["a word"], stage.context, strategy=stage.text_mask)
+    image = torch.zeros(1, stage.image_size, stage.image_size, 3, dtype=torch.uint8)
+    to_device(Batch(image, *text, first_sample=0, skipped=0), 0, stage, world.device)
+
+
 def train(config: Config, world: World, stop: checkpoint.StopSignal) -> None:
     """The stages in time order: build, load, loop, evaluate; then the report."""
+    world.agree(lambda: check_sets(config.eval_images, config.eval_shards))
+    check_impl(config.impl, world.device)
     saved = checkpoint.find(config, world)
     pairs, tokenizer = open_data(config, saved)
+    for stage in stages(config):
+        rehearse(stage, tokenizer, world)
     world.print(describe(config))
     log = None
     if world.is_main:
         at = (saved["stage"], saved["step"]) if saved else None
         log = report.JsonLines(Path(config.output) / "log.jsonl", resume=at)
-    metrics = saved["metrics"] if saved else {"seconds": {}, "stages": {}}
+    metrics = {"seconds": {}, "stages": {}} | (saved["metrics"] if saved else {})
     metrics["config"] = dataclasses.asdict(config)
     run = Run(config, world, stop, pairs, tokenizer, log, metrics)
     model, first = None, 0
@@ -319,6 +327,7 @@ def train(config: Config, world: World, stop: checkpoint.StopSignal) -> None:
             world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage.stage}")
             return
         if stage.stage not in metrics["stages"]:
+            run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
             if world.is_main:
                 metrics["stages"][stage.stage] = evaluation(run, stage, model)
             run.save(stage, model, optimizer, done)
@@ -344,8 +353,8 @@ def finish(run: Run, stage: Config, model: CLIP) -> None:
     """results.json, the picture, and where all of it lies."""
     folder = Path(run.config.output)
     results = {**run.metrics, "torch": torch.__version__}
-    if run.shown is None:  # a finished run that is asked again
-        evaluation(run, stage, model)
+    if run.shown is None:  # a finished run that is asked again, of other sets perhaps
+        results["stages"][stage.stage] = evaluation(run, stage, model)
     report.write_results(folder / "results.json", results)
     rows = report.read_rows(folder / "log.jsonl")
     report.picture(folder / "report.png", rows=rows, results=results, **run.shown)
@@ -356,19 +365,14 @@ def finish(run: Run, stage: Config, model: CLIP) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The program. A flag or file that will not do ends it with a sentence."""
-    config, world = parse(argv), None
-    try:
+    config = parse(argv)
+    with report.sentences("train.py"):
+        validate(config, world_size(), SIZES)
+        world = setup(config.device, threads=config.threads)
         try:
-            world = setup(config.device, threads=config.threads)
-        except RuntimeError as error:  # a device that this machine lacks
-            raise ValueError(error) from error
-        validate(config, world.size, SIZES)
-        with checkpoint.StopSignal() as stop:
-            train(config, world, stop)
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
-    finally:
-        if world is not None:
+            with checkpoint.StopSignal() as stop:
+                train(config, world, stop)
+        finally:
             world.close()
 
 

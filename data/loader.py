@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from clipa_kernels import philox_bits, philox_uniform
 
@@ -74,7 +75,7 @@ class Batch(NamedTuple):
     max_seqlen: int
     first_sample: int
     skipped: int
-    faults: dict[str, Fault]
+    faults: dict[str, Fault] = {}  # noqa: RUF012 (never changed in place)
 
 
 @lru_cache(maxsize=4)
@@ -283,3 +284,16 @@ def ahead(make, steps: range, prefetch: int) -> Iterator[Batch]:
         finally:
             for future in pending:
                 future.cancel()
+
+
+class ErrorsAsValues(Dataset):
+    """Batches for DataLoader's workers, which would make a traceback of a sentence."""
+
+    def __init__(self, batches: Dataset) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | ValueError:
+        try:
+            return self.batches[step]
+        except ValueError as error:
+            return ValueError(str(error))

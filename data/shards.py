@@ -30,8 +30,17 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .emoji import cache_folder
 from .images import _check_interpolation, decode_crop, decode_square
-from .loader import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
-from .pairs import Unreadable, read_pair
+from .loader import (
+    Batch,
+    ErrorsAsValues,
+    Fault,
+    add_faults,
+    ahead,
+    describe_faults,
+    local_slice,
+    order,
+)
+from .pairs import Unreadable, captions_of, read_pair
 from .patterns import expand
 from .tars import samples_of
 from .text import Tokenizer
@@ -191,7 +200,7 @@ class ShardLoader(Dataset):
         steps = range(self.start_step, self.steps)
         if self.workers:
             batches = DataLoader(
-                _ErrorsAsValues(self),
+                ErrorsAsValues(self),
                 sampler=steps,
                 batch_size=None,
                 num_workers=self.workers,
@@ -322,19 +331,6 @@ class ShardLoader(Dataset):
         return image, caption
 
 
-class _ErrorsAsValues(Dataset):
-    """A loader for DataLoader's workers, which would make a traceback of a sentence."""
-
-    def __init__(self, loader: ShardLoader) -> None:
-        self.loader = loader
-
-    def __getitem__(self, step: int) -> Batch | ValueError:
-        try:
-            return self.loader[step]
-        except ValueError as error:
-            return ValueError(str(error))
-
-
 def _one_thread(worker: int) -> None:
     """Workers share the machine; a pool of threads in each would only fight."""
     torch.set_num_threads(1)
@@ -352,28 +348,37 @@ def first_captions(pattern: str | Path | Sequence[str | Path], count: int = 100_
 
 def read_pairs(
     pattern: str | Path | Sequence[str | Path], size: int, count: int = 10_000
-) -> tuple[Tensor, list[str], int]:
-    """The first pairs of shards for evaluation: images squashed to a side of `size` pixels.
+) -> tuple[Tensor, list[list[str]], int]:
+    """The first samples of shards for retrieval: images squashed to a side of `size` pixels.
+
+    A picture has all the captions that its .txt has lines, that its JSON lists, or that samples
+    with the same image file have.
 
     Returns:
-        uint8 [n, size, size, 3], n captions, and how many pairs could not be read; a warning says
-        why, by kind.
+        uint8 [n, size, size, 3], each picture once; the captions of each; and how many samples
+        could not be read: a warning says why, by kind.
     """
-    images, captions, faults = [], [], {}
+    images: list[Tensor] = []
+    captions: list[list[str]] = []
+    places: dict[bytes, int] = {}
+    faults: dict[str, Fault] = {}
 
-    def decode(data: bytes) -> Tensor:
-        return decode_square(data, size, squash=True)
+    def place_of(data: bytes) -> int:
+        name = hashlib.sha256(data).digest()
+        if name not in places:
+            images.append(decode_square(data, size, squash=True))
+            captions.append([])
+            places[name] = len(places)
+        return places[name]
 
     for file, path, row in _first_rows(pattern, count):
         try:
-            image, caption = read_pair(file, path, row, decode)
+            place, texts = read_pair(file, path, row, place_of, captions_of)
+            captions[place] += texts
         except Unreadable as error:
             faults = add_faults(faults, {error.kind: Fault(1, str(error))})
-            continue
-        images.append(image)
-        captions.append(caption)
     if faults:
-        warnings.warn(f"shards: pairs are left out: {describe_faults(faults)}", stacklevel=2)
+        warnings.warn(f"shards: samples are left out: {describe_faults(faults)}", stacklevel=2)
     empty = torch.zeros(0, size, size, 3, dtype=torch.uint8)
     skipped = sum(fault.count for fault in faults.values())
     return torch.stack(images) if images else empty, captions, skipped

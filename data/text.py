@@ -216,11 +216,12 @@ def clip_bpe(path: Path | str | None = None) -> Tokenizer:
     """CLIP's byte-pair vocabulary of 49,408 ids; gives open_clip.SimpleTokenizer's ids.
 
     Args:
-        path: bpe_simple_vocab_16e6.txt.gz; None takes the copy in an installed open_clip_torch.
+        path: bpe_simple_vocab_16e6.txt.gz; None takes the copy in an installed openai-clip or
+            open_clip_torch.
 
     Raises:
         ValueError: the file is missing or is no merge table, or has fewer merges than CLIP's.
-        RuntimeError: path is None and open_clip_torch is not installed.
+        RuntimeError: path is None and neither is installed.
     """
     return Tokenizer(read_clip_merges(None if path is None else Path(path)))
 

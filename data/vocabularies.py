@@ -126,7 +126,7 @@ def read_wordpiece(path: Path) -> tokenizers.Tokenizer:
 
 def read_clip_merges(path: Path | None) -> tokenizers.Tokenizer:
     """`text.clip_bpe` as the library's own tokenizer."""
-    path = _open_clip_merges() if path is None else path
+    path = _installed_merges() if path is None else path
     try:
         lines = decoded(gzip.decompress(path.read_bytes())).split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -165,13 +165,18 @@ def _wordpiece(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _open_clip_merges() -> Path:
-    spec = find_spec("open_clip")
-    if spec is None:
-        raise RuntimeError(
-            "clip_bpe: open_clip_torch must be installed where no path is given, got no package"
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz"
+def _installed_merges() -> Path:
+    """CLIP's merge table as a package brings it; no code of the package runs."""
+    for package in ("clip", "open_clip"):  # of openai-clip and open_clip_torch
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+            if path.is_file():
+                return path
+    raise RuntimeError(
+        "clip_bpe: openai-clip or open_clip_torch must be installed where no path is given "
+        "(pip install openai-clip), got neither"
+    )
 
 
 def _byte_letters() -> list[str]:

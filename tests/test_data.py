@@ -823,7 +823,7 @@ def test_first_samples_in_order(shards, bad_shard, monkeypatch, tmp_path):
     assert first_captions(paths) == [*captions[:7], *["number 39"] * 3, *captions[7:]]
     assert first_captions(paths, 5) == captions[:5]
     images, found, skipped = read_pairs(paths, 16, 16)
-    assert found == captions[:9]
+    assert found == [[caption] for caption in captions[:9]]
     assert skipped == 7
     assert images.shape == (9, 16, 16, 3)
     levels = images.float().mean((1, 2, 3))

@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import re
+import sys
 import tarfile
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,17 +113,182 @@ def test_a_folder_of_class_folders(encoder, tmp_path):
     assert evaluate_folder(encoder, tmp_path)["n"] == 8
 
 
+class Colours:
+    """A perfect encoder: a picture's red level says which of `count` things it shows, a caption's
+    last word too; the other words of a caption turn it a little, each its own way."""
+
+    batch_size = 3
+    model = SimpleNamespace(visual=SimpleNamespace(config=SimpleNamespace(image_size=8)))
+
+    def __init__(self):
+        self.asked = []
+
+    def images(self, images):
+        return torch.eye(32)[images[:, 0, 0, 0].long() // 10]
+
+    def texts(self, texts):
+        self.asked += texts
+        turned = torch.tensor([16 + len(text.split()[0]) for text in texts])
+        shown = torch.tensor([int(text.split()[-1]) for text in texts])
+        return F.normalize(torch.eye(32)[shown] + 0.3 * torch.eye(32)[turned], dim=-1)
+
+    def classes(self, names, prompts):
+        self.asked += names
+        return torch.ones(len(names), 32)
+
+
+def thing(number):
+    return png((10 * number, 0, 0))
+
+
+CAPTIONS = [[f"{'x' * (1 + length)} {number}" for length in range(5)] for number in range(6)]
+SHAPES = {  # members of each way to give a picture five captions
+    "pairs": lambda i, texts: [
+        (f"{i}{c}.{end}", data)
+        for c, text in enumerate(texts)
+        for end, data in (("png", thing(i)), ("txt", text.encode()))
+    ],
+    "lines": lambda i, texts: [
+        (f"{i}.png", thing(i)),
+        (f"{i}.txt", "\r\n".join(["", *texts, ""]).encode()),
+    ],
+    "list": lambda i, texts: [
+        (f"{i}.png", thing(i)),
+        (f"{i}.json", json.dumps({"caption": texts}).encode()),
+    ],
+}
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_captions_a_picture(tmp_path, shape):
+    members = [m for i, texts in enumerate(CAPTIONS) for m in SHAPES[shape](i, texts)]
+    encoder = Colours()
+    figures = evaluate_shards(encoder, write_tar(tmp_path / "0.tar", members))
+    assert [figures[key] for key in figures if "_to_" in key] == [1.0] * 4
+    assert (figures["n"], figures["chance"], figures["skipped"]) == (6, 1 / 6, 0)
+    assert encoder.asked == [text for texts in CAPTIONS for text in texts]
+
+
+def test_a_sample_without_a_caption_is_counted(tmp_path):
+    bad = ["[]", '{"caption": []}', '{"caption": [1, ""]}', r'{"caption": "\ud83d"}', "[" * 10**5]
+    members = [m for i in (1, 2) for m in SHAPES["list"](i, CAPTIONS[i])]
+    for i, text in enumerate(bad, 3):
+        members += [(f"{i}.png", thing(i)), (f"{i}.json", text.encode())]
+    figures = evaluate_shards(Colours(), write_tar(tmp_path / "0.tar", members))
+    assert (figures["n"], figures["skipped"]) == (2, len(bad))
+
+
+def test_retrieval_of_many_to_many_by_hand():
+    """Texts 4 and 6 have two images, image 2 has three texts; image 3 has none."""
+    images, texts = features(6), features(8, 1)
+    pairs = torch.tensor([[0, 0], [1, 4], [2, 4], [2, 5], [2, 6], [4, 6], [5, 7]])
+    scores = images @ texts.T
+    for flipped, name in ((False, "image_to_text"), (True, "text_to_image")):
+        table = scores.T if flipped else scores
+        partners = {}
+        for pair in pairs.tolist():
+            partners.setdefault(pair[flipped], set()).add(pair[not flipped])
+        for at in (1, 5):
+            hits = [
+                bool(partners[row] & set(table[row].argsort(descending=True)[:at].tolist()))
+                for row in partners
+            ]
+            figure = retrieval(images, texts, pairs)[f"{name}_r{at}"]
+            assert figure == pytest.approx(sum(hits) / len(hits))
+
+
 def test_pairs_of_shards(encoder, tmp_path):
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for i, (name, colour) in enumerate([*COLOURS.items(), ("red", (210, 0, 0))]):
-            for suffix, data in (("png", png(colour)), ("txt", name.encode())):
-                member = tarfile.TarInfo(f"{i}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    figures = evaluate_shards(encoder, str(tmp_path / "0.tar"))
+    colours = [*COLOURS.items(), ("red", (210, 0, 0))]
+    members = [
+        (f"{i}.{end}", data)
+        for i, (name, colour) in enumerate(colours)
+        for end, data in (("png", png(colour)), ("txt", name.encode()))
+    ]
+    figures = evaluate_shards(encoder, write_tar(tmp_path / "0.tar", members))
     assert (figures["n"], figures["chance"], figures["skipped"]) == (5, 1 / 4, 0)
     assert "text_to_image_r5" in figures and figures["image_to_text_r5"] == 1.0
     assert "0.tar" in table({"shards: 0.tar": figures})
+
+
+def class_folders(root, *names, bad=()):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "1.png").write_bytes(png((200, 0, 0)))
+    for name in bad:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"no picture")
+
+
+def test_folders_without_pictures_are_no_classes(tmp_path):
+    class_folders(tmp_path, "cat", "dog", ".ipynb_checkpoints", "__MACOSX", "cat/deeper")
+    class_folders(tmp_path, bad=["notes/read.txt", "dog/.DS_Store", "dog/._1.png", "a.txt"])
+    (tmp_path / "empty").mkdir()
+    encoder = Colours()
+    with pytest.warns(UserWarning, match="are no classes: 'empty', 'notes'"):
+        figures = evaluate_folder(encoder, tmp_path)
+    assert encoder.asked == ["cat", "dog"]
+    assert (figures["n"], figures["chance"], figures["skipped"]) == (2, 1 / 2, 1)
+
+
+LISTS = {
+    "spaces": (b"n01 cat\nn02 red dog\n", ""),
+    "byte order mark": (b"\xef\xbb\xbfn01 cat\nn02 red dog\n", ""),
+    "utf-16": ("n01 cat\nn02 red dog\n".encode("utf-16"), ""),
+    "commas": (b"n01,cat\nn02, red dog\n", ""),
+    "tabs, CRLF and blank lines": (b"\r\nn01\tcat\r\n\r\nn02\t red dog\r\n", ""),
+    "quotes": (b'"n01","cat"\n"n02";"red dog"\n', ""),
+    "colons": (b"n01: cat\nn02: red dog", ""),
+    "a header and a stranger": (b"id,name\nn01,cat\nn02,red dog\nn3,x", "'id,name', 'n3,x'"),
+    "twice": (b"n01 lynx\nn01 cat\nn02 red dog\n", "named twice in .*: 'n01'"),
+    "no name": (b"n01 cat\nn02 red dog\nn02,\nn02\n", "name no folder .*: 'n02,', 'n02'"),
+}
+
+
+@pytest.mark.parametrize(("data", "says"), LISTS.values(), ids=LISTS)
+def test_class_names_in_any_form(tmp_path, data, says):
+    class_folders(tmp_path, "n01", "n02")
+    (tmp_path / "classes.txt").write_bytes(data)
+    encoder = Colours()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        evaluate_folder(encoder, tmp_path)
+    assert encoder.asked == ["cat", "red dog"]
+    assert len(said) == bool(says) and (not says or re.search(says, str(said[0].message)))
+
+
+def test_class_names_with_spaces_commas_and_accents(tmp_path):
+    class_folders(tmp_path, "polar", "polar bear", "cafe\u0301", "n01")
+    text = "polar cold\npolar bear,white bear\ncaf\u00e9 coffee house\nn01 tench, Tinca tinca\n"
+    (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
+    encoder = Colours()
+    evaluate_folder(encoder, tmp_path)
+    assert encoder.asked == ["coffee house", "tench, Tinca tinca", "cold", "white bear"]
+
+
+def test_one_name_for_two_classes_is_told(tmp_path):
+    class_folders(tmp_path, "red_fox", "red fox")
+    with pytest.warns(UserWarning, match="several classes have one name: 'red fox'"):
+        evaluate_folder(Colours(), tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows keep names in Unicode")
+def test_folder_names_in_other_bytes(encoder, tmp_path):
+    class_folders(tmp_path, "dog", os.fsdecode(b"caf\xe9"))
+    seen = Colours()
+    with pytest.warns(UserWarning, match="is not in UTF-8, read as 'caf\u00e9'"):
+        evaluate_folder(seen, tmp_path)
+    assert seen.asked == ["caf\u00e9", "dog"]
+    with pytest.warns(UserWarning):
+        assert evaluate_folder(encoder, tmp_path)["n"] == 2
 
 
 def test_the_program_on_a_folder(encoder, tmp_path, capsys):
@@ -138,7 +308,7 @@ def test_the_program_on_a_folder(encoder, tmp_path, capsys):
 
 BAD = {
     "no checkpoint": (["nowhere.pt"], "path must be a checkpoint file, got 'nowhere.pt'"),
-    "empty folder": (["{}"], "must hold a checkpoint, got an empty folder"),
+    "empty folder": (["{}"], "must hold a checkpoint, got a folder without one"),
     "half a file": (["{}/half.pt"], "must be a whole checkpoint"),
 }
 

@@ -385,7 +385,7 @@ def test_captions_of_every_encoding_are_read(words, tmp_path, monkeypatch):
     assert len(Tokenizer(train_wordpiece(captions, 60)).encode(captions, 8)[1]) == 10
     batches = list(loader(path, words, tmp_path, batch_size=9, steps=2))
     assert [batch.skipped for batch in batches] == [0, 0]
-    assert read_pairs(path, 8)[2] == 0
+    assert read_pairs(path, 8)[2] == 1  # nothing is found by half a character
     assert sum(len(one) for one in words._known) < 20_000  # what is remembered is cut
 
 
@@ -399,10 +399,10 @@ def test_what_one_sample_raises_is_counted_as_its_own(words, tmp_path, monkeypat
     files["large.png"] = head + zlib.crc32(head[12:]).to_bytes(4, "big") + picture()[33:]
     path = shard(tmp_path / "a.tar", files)
     assert first_captions(path) == ["number 0", "number 1", "number 2", "number 3", "number 1"]
-    with pytest.warns(UserWarning, match="7 by caption .first .*a.tar, deep.json: maximum recurs"):
+    with pytest.warns(UserWarning, match="6 by caption .first .*a.tar, deep.json: maximum recurs"):
         _, captions, skipped = read_pairs(path, 8)
-    assert captions == ["number 0", "number 1", "number 2", "number 3"]
-    assert skipped == 8
+    assert captions == [["number 0", "number 1"], ["number 1"], ["number 2"], ["number 3"]]
+    assert skipped == 7  # a list of captions is read
     for workers in (0, 1):
         batches = list(loader(path, words, tmp_path, workers=workers, prefetch=2, steps=6))
         total = {}

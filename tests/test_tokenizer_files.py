@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
-from data.vocabularies import _open_clip_merges, whole
+from data.vocabularies import _installed_merges, whole
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
@@ -17,7 +17,7 @@ SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"
 @pytest.fixture(scope="module")
 def merges() -> list[str]:
     """CLIP's own merges, the most there may be."""
-    lines = gzip.decompress(_open_clip_merges().read_bytes()).decode().split("\n")
+    lines = gzip.decompress(_installed_merges().read_bytes()).decode().split("\n")
     return lines[1 : 1 + 48_894]
 
 

@@ -219,8 +219,8 @@ def main_says(tmp_path, **change):
     ("change", "words"),
     [
         ({"image_size": 20}, "image_size must be a multiple of patch_size 8, got 20"),
-        ({"batch_size": 0}, "batch_size must be above 0, got 0"),
-        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"batch_size": 0}, "batch_size must be in [1, 1048576], got 0"),
+        ({"steps": 0}, "steps must be in [1, 1e9], got 0"),
         ({"device": "cuda:7"}, "cuda"),
         ({"vocab_size": 300, "tokenizer": "clip"}, "tokenizer's 49408 entries, got 300"),
         ({"data": "nothing/{0..1}.tar"}, "must name files that are there"),

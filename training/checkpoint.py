@@ -14,7 +14,6 @@ whole. Everything in it loads with `torch.load(weights_only=True)`.
 import contextlib
 import dataclasses
 import os
-import pickle
 import random
 import re
 import signal
@@ -31,10 +30,15 @@ from .distributed import World
 from .optim import unwrap
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)\.pt")
-_KEYS = {"state_dict", "optimizer", "stage", "step", "config", "rng"}
-_FREE = {  # flags that a resumed run may change
-    "output", "resume", "device", "threads", "workers", "save_every", "keep_checkpoints",
-    "log_every",
+_KEYS = {
+    "state_dict": dict, "optimizer": dict, "stage": str, "step": int, "config": str, "rng": dict,
+}  # fmt: skip
+# Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
+_FREE = {
+    "preset",  # only where the other flags start from
+    "output", "resume", "save_every", "keep_checkpoints", "log_every",
+    "eval_images", "eval_shards",
+    "device", "threads", "workers", "impl", "compile", "accumulate", "finetune_accumulate",
 }  # fmt: skip
 # What must agree between a checkpoint and the run that resumes it; the rest may be changed.
 _SAME_MODEL = ("model", "dialect", "patch_size", "pool", "vocab_size", "loss")
@@ -127,6 +131,32 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
     return path
 
 
+def check_finite(
+    model: nn.Module, optimizer: torch.optim.Optimizer, stage: Config, step: int
+) -> None:
+    """RuntimeError unless all weights and moments are finite: nothing else may be written.
+
+    Every process of a run holds the same ones, so all of them raise at the same step.
+    """
+    tensors = dict(unwrap(model).state_dict())
+    for name, parameter in unwrap(model).named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                tensors[f"{key} of {name}"] = value
+    floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    finite = [tensors[name].isfinite().all() for name in floats]
+    if finite and not bool(torch.stack(finite).all()):
+        worst = next(name for name, good in zip(floats, finite, strict=True) if not good)
+        raise not_finite(f"weights and moments must be finite, got others in {worst}", stage, step)
+
+
+def not_finite(sentence: str, stage: Config, step: int) -> RuntimeError:
+    """The error that ends a run whose numbers went astray: where, and what is left of it."""
+    good = checkpoints(stage.output)
+    left = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written before"
+    return RuntimeError(f"train: {sentence} at step {step} of stage {stage.stage}; {left}")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where the system has it."""
     if os.name == "posix":
@@ -181,14 +211,14 @@ def load(path: str | Path) -> dict:
         if damaged:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # unpickling raises whatever the bytes make it
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise RuntimeError(f"load: {path} must be a whole checkpoint, got {reason}") from error
-    held = set(state) if isinstance(state, dict) else set()
-    if missing := sorted(_KEYS - held):
+    held = state if isinstance(state, dict) else {}
+    if missing := [key for key, kind in _KEYS.items() if not isinstance(held.get(key), kind)]:
         came = ", ".join(sorted(map(str, held))) or type(state).__name__
-        raise ValueError(f"load: {path} must hold {', '.join(missing)}, got only {came}")
-    return state
+        raise ValueError(f"load: {path} must hold {', '.join(sorted(missing))}, got only {came}")
+    return {"tokenizer": "", "metrics": {}} | state
 
 
 def latest(folder: str | Path) -> dict | None:
@@ -283,10 +313,11 @@ def find(config: Config, world: World) -> dict | None:
     if saved is None:
         return None
     check_matches(saved, config)
-    then, now = saved["metrics"]["config"], dataclasses.asdict(config)
-    changed = [name for name in now if now[name] != then.get(name) and name not in _FREE]
+    now = dataclasses.asdict(config)
+    then = dataclasses.asdict(Config()) | saved["metrics"].get("config", now)
+    changed = [name for name in now if now[name] != then[name] and name not in _FREE]
     if changed and config.resume == "auto":
-        words = ", ".join(f"{name} {then.get(name)!r} to {now[name]!r}" for name in changed)
+        words = ", ".join(f"{name} {then[name]!r} to {now[name]!r}" for name in changed)
         raise ValueError(
             f"checkpoint: {config.output} must hold a run with these flags, got one that would "
             f"change {words}; take another --output, start over with --resume never, or name a "

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from clipa_kernels._check import choose_impl
 
 from .config import Config
 
@@ -66,6 +69,19 @@ class World:
         """The mean of a tensor over all processes, on every process."""
         return self.sum(value) / self.size
 
+    def agree(self, check: Callable[[], None]) -> None:
+        """Let rank 0 check something; where it raises ValueError or OSError, all processes end."""
+        said = [""]
+        if self.is_main:
+            try:
+                check()
+            except (ValueError, OSError) as error:
+                said = [str(error)]
+        if self.size > 1:
+            dist.broadcast_object_list(said, device=torch.device("cpu"))  # by gloo
+        if said[0]:
+            raise ValueError(said[0]) if self.is_main else SystemExit(1)  # told once
+
     def close(self) -> None:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
@@ -89,7 +105,7 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
 
     Raises:
         ValueError: a device that torch does not know; a rank outside the world; threads below 0.
-        RuntimeError: a device that this machine lacks.
+        RuntimeError: a device that this machine lacks; processes that do not meet.
     """
     if threads < 0:
         raise ValueError(f"setup: threads must be at least 0, got {threads}")
@@ -99,14 +115,22 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
     where = _device(device, local_rank, size)
     if size > 1:
         cuda = where.type == "cuda"
-        dist.init_process_group(
-            backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout),
-            device_id=where if cuda else None,
-        )
+        try:
+            dist.init_process_group(
+                backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout),
+                device_id=where if cuda else None,
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"setup: {size} processes must meet, got {error}") from error
     return World(rank, local_rank, size, where)
+
+
+def world_size() -> int:
+    """How many processes `setup` will join; known before it does."""
+    return _ranks(os.environ)[2]
 
 
 def wrap(model: nn.Module, stage: Config, world: World) -> nn.Module:
@@ -166,9 +190,17 @@ def _device(name: str, local_rank: int, size: int) -> torch.device:
             raise RuntimeError(f"setup: GPU {index} must be among those here, got {count} GPUs")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise RuntimeError("setup: device mps needs Apple's GPU, got a machine without one")
+    try:
+        torch.zeros(1, device=device).cpu()  # not on "meta", nor on hardware that is not here
+    except Exception as error:  # each backend has its own
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(f"setup: device {name} must be one that works, got {reason}") from error
     return device
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """RuntimeError unless the fused operations can run so on a device."""
+    choose_impl("train", impl, ("triton", "torch", "reference"), torch.empty(0, device=device))
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

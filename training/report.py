@@ -72,6 +72,30 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+@contextmanager
+def sentences(program: str) -> Iterator[None]:
+    """End the program with "<program>: <sentence>" and status 1 where its user can mend the error.
+
+    That is any ValueError, OSError or lack of memory, and a RuntimeError in this project's form,
+    "<function>: <what must hold>, got <what came>". Other errors are faults of the program: they
+    keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        words = str(error).strip() or type(error).__name__
+        if "Original Traceback" in words:  # of a loader's process: torch adds where it was raised
+            words = words.splitlines()[-1].partition(": ")[2]
+        if re.search(r"out of memory|allocate|MemoryError", words):
+            words = f"the run must fit in memory, got {words.splitlines()[0]}"
+        elif isinstance(error, RuntimeError) and not re.match(r"\w+: .+, got ", words, re.DOTALL):
+            raise
+        sys.exit(f"{program}: {words}")
+
+
 class Meter:
     """Rates between two readings: samples/s, kept tokens/s and the share of time spent on data.
 

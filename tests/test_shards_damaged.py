@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 import zlib
@@ -14,6 +15,7 @@ import tokenizers
 import torch
 from PIL import Image
 
+import train
 from data.augment import Augmentation
 from data.loader import Fault
 from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
@@ -468,3 +470,31 @@ def test_every_strength_changes_shards_by_keyed_draws(words, tmp_path, change):
     assert torch.equal(whole, batch(augmentation=how))
     parts = [batch(augmentation=how, rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_run_says_on_the_screen_what_it_skips(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CLIPA_CACHE", str(tmp_path))
+    files = {}
+    for number in range(8):
+        files[f"{number}.png"] = picture(number) if number % 2 else b"<html>"
+        files[f"{number}.txt"] = b"number 1" if number % 4 != 1 else b"\xff"
+    path = shard(tmp_path / "a.tar", files)
+    flags = (
+        "--steps 4 --finetune-steps 0 --batch-size 4 --warmup 1 --vocab-size 60 --log-every 2 "
+        f"--precision fp32 --device cpu --data {path} --output {tmp_path / 'run'}"
+    )
+    train.main(flags.split())
+    said = capfd.readouterr().err.splitlines()
+    told = [line for line in said if "samples skipped" in line]
+    assert [line.split(":")[0] for line in told] == ["short 2", "short 4"]
+    for line in told:
+        assert re.search(r" \d+ by image .first \S*a.tar, [0246].png: .*, \d by caption ", line)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert [set(row["skipped_by_kind"]) for row in rows] == [{"image", "caption"}] * 2
+    assert rows[-1]["skipped"] == sum(sum(row["skipped_by_kind"].values()) for row in rows)
+
+    shard(path, {name: data for name, data in files.items() if name[0] in "0246"})
+    with pytest.raises(SystemExit) as end:
+        train.main([*flags.split(), "--resume", "never", "--workers", "1"])
+    assert re.match(r"train.py: ShardLoader: one of 100 .* got none; \S*a.tar, ", str(end.value))
+    assert "Traceback" not in str(end.value)

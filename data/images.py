@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .augment import Augmentation, _boxes, _cut, _to_uint8
 
-MAX_PIXELS = 89_478_485  # Pillow warns of a file above it; decoded it holds 256 MiB
+MAX_PIXELS = 89_478_485  # Pillow warns of a file above it; decoded it holds 341 MiB
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _TURNS = {  # by EXIF orientation; from 5 on height and width change places
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -161,7 +161,7 @@ def _load(image: Image.Image, need: tuple[int, int]) -> Image.Image:
         ground = Image.new("RGBA", image.size, "white")
         ground.alpha_composite(image)
         image = ground
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # it copies what is RGB
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 

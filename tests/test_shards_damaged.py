@@ -250,6 +250,27 @@ def test_names_with_pattern_letters_are_found(tmp_path):
     assert expand(tmp_path / "[1].tar") == [tmp_path / "[1].tar"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_a_name_in_other_bytes_is_a_shard_too(words, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    path = shard(folder / "0.tar", {**good([1, 2, 3]), "4.png": b"", "4.txt": b"number 4"})
+    assert expand(f"{folder}/{{0..0}}.tar") == [path]
+    batches = list(loader(path, words, tmp_path))
+    assert all("0.tar, 4.png: " in batch.faults["image"].first for batch in batches if batch.faults)
+
+
+def test_sparse_members_are_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        put(tar, "0.jpg")
+        put(tar, "0.txt", b"0")
+        put(tar, "1.jpg", type=tarfile.GNUTYPE_SPARSE)
+        put(tar, "1.txt", b"1")
+    numbers, said = found(tmp_path / "a.tar")
+    assert numbers == [0]
+    assert said == [f"shards: {tmp_path}/a.tar has sparse members, which are not read (1.jpg)"]
+
+
 def test_braces_are_bashs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in [*"abc0123456", "x1", "x2", "008", "009", "010"]:

@@ -13,6 +13,7 @@ train = [
     "numpy",
     "pillow",
     "tokenizers",
+    "braceexpand",  # "{0000..0099}.tar", as webdataset reads it
     "tyro",  # flags out of the Config dataclass
     "tqdm",
     "matplotlib",  # the report picture

@@ -21,7 +21,7 @@ from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
 from clipa_kernels.masking import block_patches, grid_patches, random_patches
 from data.augment import Augmentation
 from data.emoji import CAPTIONS, EmojiPairs, load_emoji
-from data.loader import Batch, EmojiLoader
+from data.loader import Batch, EmojiLoader, Fault, add_faults, describe_faults
 from data.shards import ShardLoader, first_captions
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
 from evaluate import Encoder, build_model, check_sets, evaluate, table
@@ -182,7 +182,7 @@ def run_stage(
     wrapped = wrap(model, stage, world)
     stream = iter(open_batches(run, stage, first + done, first + stage.steps))
     bar = report.ProgressBar(stage.steps, start=done, name=stage.stage, enabled=world.is_main)
-    meter = report.Meter()
+    meter, faults = report.Meter(), {}
     model.train()
     while done < stage.steps:
         with meter.waiting():
@@ -190,9 +190,12 @@ def run_stage(
         values = train_step(wrapped, optimizer, batch, done, stage, world)
         done += 1
         meter.add(stage.batch_size, round(values["tokens"] * world.size))
-        shown = {}
+        faults, shown = add_faults(faults, batch.faults), {}
         if done % stage.log_every == 0 or done == stage.steps:
-            row = log_step(run, stage, done, values, meter, batch, model)
+            row = log_step(run, stage, done, values, meter, batch, model, faults)
+            if faults:  # of this process's share since the last line
+                bar.message(f"{stage.stage} {done}: samples skipped: {describe_faults(faults)}")
+            faults = {}
             shown = {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)
         seconds[stage.stage] = before + time.perf_counter() - began
@@ -207,8 +210,15 @@ def run_stage(
 
 
 def log_step(
-    run: Run, stage: Config, done: int, values: dict, meter: report.Meter, batch: Batch, model: CLIP
-) -> dict[str, float | None]:
+    run: Run,
+    stage: Config,
+    done: int,
+    values: dict,
+    meter: report.Meter,
+    batch: Batch,
+    model: CLIP,
+    faults: dict[str, Fault],
+) -> dict[str, float | dict | None]:
     """Read a step's values from the device, refuse a loss that is not finite, write the line."""
     loss = run.world.mean(values["loss"]).item()
     if not math.isfinite(loss):
@@ -226,6 +236,9 @@ def log_step(
         "grad_norm": values["grad_norm"].item(),
         **rates,
         "skipped": batch.skipped,
+        "skipped_by_kind": {
+            kind: fault.count for kind, fault in faults.items()
+        },  # since the last line
         "peak_memory_bytes": report.peak_memory(run.world.device),
     }
     if run.log is not None:

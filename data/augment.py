@@ -79,6 +79,11 @@ class Augmentation:
         jitters = max(self.brightness, self.contrast, self.saturation, self.hue) * self.jitter
         return max(jitters, self.mix, self.grey, self.invert) > 0
 
+    @property
+    def leaves_the_crop(self) -> bool:
+        """Whether more than a flipped crop within the image may be asked for."""
+        return max(self.shift, self.rotate, self.warp, self.outline, self.scale[1] - 1) > 0
+
 
 def augment(
     images: Tensor,
@@ -111,21 +116,9 @@ def augment(
     _check_batch("augment", images, size)
     how = how or Augmentation()
     draws = sample_draws(len(images), seed=seed, step=step, first_sample=first_sample)
-    shapes = None
-    if how.warp or how.outline:
-        samples = torch.arange(first_sample, first_sample + len(images))
-        shapes = philox_uniform(seed, step, samples, 2 + 2 * _FIELD**2, stream=SHAPE_STREAM)
-    if how.outline:
-        images = _outlined(images, shapes[:, 0] < how.outline, 2 * shapes[:, 1])
+    shapes = shape_draws(len(images), how, seed=seed, step=step, first_sample=first_sample)
     box = _boxes(*images.shape[1:3], draws, how)
-    flipped = draws[:, -1] < how.flip
-    if how.rotate or how.warp:
-        angle = (2 * draws[:, -2] - 1) * math.radians(how.rotate)
-        field = None if not how.warp else how.warp * 12**0.5 * (shapes[:, 2:] - 0.5)
-        planes = _bent(images, size, box, angle, field, flipped, how.fill)
-    else:
-        planes = _cropped(images, size, box, flipped, how)
-    planes = planes.add_(how.fill)
+    planes = _cut(images, size, box, draws, shapes, how)
     if how.changes_colour:
         planes = _recolour(planes, draws, how)
     return _to_uint8(planes)
@@ -170,6 +163,16 @@ def sample_draws(count: int, *, seed: int, step: int, first_sample: int = 0) -> 
     return philox_uniform(seed, step, samples, _DRAWS, stream=AUGMENT_STREAM)
 
 
+def shape_draws(
+    count: int, how: Augmentation, *, seed: int, step: int, first_sample: int = 0
+) -> Tensor | None:
+    """What decides an image's outline and warp, float32 [count, 34]; None where it has neither."""
+    if not (how.warp or how.outline):
+        return None
+    samples = torch.arange(first_sample, first_sample + count)
+    return philox_uniform(seed, step, samples, 2 + 2 * _FIELD**2, stream=SHAPE_STREAM)
+
+
 def _boxes(
     height: int, width: int, draws: Tensor, how: Augmentation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,6 +197,27 @@ def _boxes(
         top = top + (moved[:, 0] * height).round().long()
         left = left + (moved[:, 1] * width).round().long()
     return top, left, tall, wide
+
+
+def _cut(
+    images: Tensor,
+    size: int,
+    box: tuple[Tensor, ...],
+    draws: Tensor,
+    shapes: Tensor | None,
+    how: Augmentation,
+) -> Tensor:
+    """Crops as drawn, outlined, turned, bent and flipped: float32 [B, 3, size, size]."""
+    if how.outline:
+        images = _outlined(images, shapes[:, 0] < how.outline, 2 * shapes[:, 1])
+    flipped = draws[:, -1] < how.flip
+    if how.rotate or how.warp:
+        angle = (2 * draws[:, -2] - 1) * math.radians(how.rotate)
+        field = None if not how.warp else how.warp * 12**0.5 * (shapes[:, 2:] - 0.5)
+        planes = _bent(images, size, box, angle, field, flipped, how.fill)
+    else:
+        planes = _cropped(images, size, box, flipped, how)
+    return planes.add_(how.fill)
 
 
 def _weights(start: Tensor, length: Tensor, size: int, source: int, outside: int = 0) -> Tensor:

@@ -1,21 +1,39 @@
-"""Image files to uint8 pixels: decoded as small as they will be used, cropped, resized.
+"""Image files to uint8 pixels: decoded as small as they will be used, upright, cropped, resized.
 
 The JPEG decoder shrinks a file by 2, 4 or 8 before any pixel is made; a crop is drawn from the
-numbers that `augment` draws from.
+numbers that `augment` draws from. Every function here
+
+    turns an image as its EXIF orientation says, so that training and evaluation see it upright;
+    shows the first frame of an animation, and white where an image is transparent;
+    takes whole numbers of more than 8 bits for 16 bits, and floats up to 1 for shares of 255;
+    refuses a file of more than MAX_PIXELS by its header, before any pixel is decoded.
 """
 
 import io
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from .augment import Augmentation, _boxes
+from .augment import Augmentation, _boxes, _cut, _to_uint8
 
+MAX_PIXELS = 89_478_485  # Pillow warns of a file above it; decoded it holds 341 MiB
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_TURNS = {  # by EXIF orientation; from 5 on height and width change places
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class TooManyPixels(ValueError):
+    """An image file's size is above MAX_PIXELS."""
 
 
 def decode(data: bytes, size: int = 0) -> Tensor:
@@ -36,33 +54,52 @@ def decode(data: bytes, size: int = 0) -> Tensor:
 
 
 def decode_crop(
-    data: bytes, size: int, draws: Tensor, how: Augmentation, interpolation: str = "bilinear"
+    data: bytes,
+    size: int,
+    draws: Tensor,
+    how: Augmentation,
+    interpolation: str = "bilinear",
+    shapes: Tensor | None = None,
 ) -> Tensor:
-    """`augment`'s random crop of one image file; colours stay (see `recolour`).
+    """`augment`'s change of one image file, all but the colours (see `recolour`).
 
     Args:
         data: the file's bytes. size: side of the result in pixels.
         draws: float32 [42], the sample's row of `sample_draws`.
-        how: its scale (up to 1), ratio and flip count.
+        how: strengths. A crop within the image is resized by Pillow; one that reaches beyond it, is
+            turned, bent or outlined goes through `augment`'s own code, which is bilinear.
         interpolation: "bilinear" or "bicubic", both antialiased.
+        shapes: float32 [34], the sample's row of `shape_draws`; only warp and outline need it.
 
     Returns:
         uint8 [size, size, 3].
 
     Raises:
-        ValueError: the bytes are no whole image, or the interpolation has no such name.
+        ValueError: the bytes are no whole image (TooManyPixels: one that is too large), the
+            interpolation has no such name, or shapes are missing.
     """
     _check_interpolation("decode_crop", interpolation)
+    if shapes is None and (how.warp or how.outline):
+        raise ValueError("decode_crop: shapes must be given for warp and outline, got None")
 
     def crop(image: Image.Image) -> Tensor:
-        inner = replace(how, scale=(min(how.scale[0], 1.0), min(how.scale[1], 1.0)), shift=0.0)
-        boxes = _boxes(image.height, image.width, draws[None], inner)
-        top, left, tall, wide = (int(side) for side in boxes)
-        before = image.size
+        before = _upright_size(image)
+        box = _boxes(before[1], before[0], draws[None], how)
+        top, left, tall, wide = (int(side) for side in box)
         # Shrunk in the decoder only so far that the crop keeps `size` pixels a side.
         need = (math.ceil(before[0] * size / wide), math.ceil(before[1] * size / tall))
         image = _load(image, need)
+        if how.leaves_the_crop:
+            # Read at points, which is sharp from up to twice the result's size.
+            image = image.reduce(
+                tuple(max(1, a // b) for a, b in zip(image.size, need, strict=True))
+            )
         x, y = image.width / before[0], image.height / before[1]
+        if how.leaves_the_crop:
+            box = (box[0] * y, box[1] * x, box[2] * y, box[3] * x)
+            given = shapes if shapes is None else shapes[None]
+            planes = _cut(_pixels(image)[None], size, box, draws[None], given, how)
+            return _to_uint8(planes)[0]
         box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
         image = image.resize((size, size), _PILLOW[interpolation], box=box)
         pixels = _pixels(image)
@@ -94,16 +131,54 @@ def decode_square(
     return _guarded("decode_square", data, square)
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number for how the pixels lie, 1 where it is missing or broken."""
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # a PNG's EXIF may lie behind the pixels, and Pillow turns a TIFF by itself
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # what broken EXIF raises is no fault of the pixels
+        return 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as seen."""
+    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+
+
 def _load(image: Image.Image, need: tuple[int, int]) -> Image.Image:
-    """Decode, shrunk by the JPEG decoder where at least `need` pixels stay; RGB on white."""
+    """Decoded upright, by the JPEG decoder no smaller than `need` asks; RGB on white."""
+    orientation = _orientation(image)
     if need[0] > 0 and need[1] > 0:
-        image.draft("RGB", need)
-    if "A" in image.getbands() or "transparency" in image.info:
+        image.draft("RGB", need[::-1] if orientation in (5, 6, 7, 8) else need)
+    clear = image.info.get("transparency")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image, clear)
+    elif "A" in image.getbands() or clear is not None:
+        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits; Pillow keeps the upper 8
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         ground.alpha_composite(image)
         image = ground
-    return image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # it copies what is RGB
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
+    """Grey of 16 or 32 bits or of floats; Pillow's own conversion cuts it off at 255."""
+    values = np.asarray(image)
+    top = values.max()
+    if not top < 2**16:  # NaN too
+        raise ValueError(f"its numbers must be below 65536, got {top}")
+    if top <= 1 and values.dtype.kind == "f":
+        grey = np.rint(values * 255)
+    else:  # 257 times 255 is 65535
+        grey = values if top < 256 else values // 257
+    grey = grey.clip(0, 255).astype(np.uint8)
+    if clear is not None:
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -114,11 +189,20 @@ def _guarded(function: str, data: bytes, work) -> Tensor:
     """Any complaint of the decoder as one ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return work(image)
+            if image.width * image.height <= MAX_PIXELS:
+                return work(image)
+            came = f"{image.width} x {image.height}"
+    except Image.DecompressionBombError as error:  # at twice MAX_PIXELS Pillow looks no further
+        came = str(error)
+    except UnidentifiedImageError as error:  # its own words hold an address
+        raise ValueError(
+            f"{function}: data must be a whole image, got {len(data)} bytes of no known format"
+        ) from error
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them
         raise ValueError(
             f"{function}: data must be a whole image, got {len(data)} bytes ({error})"
         ) from error
+    raise TooManyPixels(f"{function}: an image must have at most {MAX_PIXELS} pixels, got {came}")
 
 
 def _check_interpolation(function: str, interpolation: str) -> None:

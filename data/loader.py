@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from clipa_kernels import philox_bits, philox_uniform
 
@@ -28,6 +29,36 @@ ORDER_STREAM, CAPTION_STREAM = 3, 4  # from 5 on: shards.py
 TURN_STREAM, BLEND_STREAM = 0xFF00, 0xFF01
 
 
+class Fault(NamedTuple):
+    """Samples that could not be read, of one kind: how many, and which was first and why."""
+
+    count: int
+    first: str
+
+
+def add_faults(one: dict[str, Fault], other: dict[str, Fault]) -> dict[str, Fault]:
+    """Both tallies, kind by kind; the first of `one` stays the first.
+
+    >>> add_faults({"image": Fault(2, "a")}, {"image": Fault(1, "b")})
+    {'image': Fault(count=3, first='a')}
+    """
+    both = dict(one)
+    for kind, (count, first) in other.items():
+        old = both.get(kind, Fault(0, first))
+        both[kind] = Fault(old.count + count, old.first)
+    return both
+
+
+def describe_faults(faults: dict[str, Fault]) -> str:
+    """A tally in words, the most frequent kind first.
+
+    >>> describe_faults({"image": Fault(3, "a.tar, 7.jpg: no image")})
+    '3 by image (first a.tar, 7.jpg: no image)'
+    """
+    ranked = sorted(faults.items(), key=lambda item: -item[1].count)
+    return ", ".join(f"{fault.count} by {kind} (first {fault.first})" for kind, fault in ranked)
+
+
 class Batch(NamedTuple):
     """One process's rows of a global batch.
 
@@ -35,6 +66,7 @@ class Batch(NamedTuple):
     cu_seqlens: int32 [B + 1], where each caption starts in ids. max_seqlen: the longest caption.
     first_sample: place of images[0] in the global batch; keys masks together with the step.
     skipped: unreadable samples so far on this process.
+    faults: those met for this batch, by kind: "shard", "caption", "image" or "image size".
     """
 
     images: Tensor
@@ -43,6 +75,7 @@ class Batch(NamedTuple):
     max_seqlen: int
     first_sample: int
     skipped: int
+    faults: dict[str, Fault] = {}  # noqa: RUF012 (never changed in place)
 
 
 @lru_cache(maxsize=4)
@@ -201,7 +234,7 @@ class EmojiLoader:
         images = augment(self._blended(rows, step), self.image_size, self.augmentation, **key)
         captions = self._captions(self.owners[rows].tolist(), step)
         ids, cu_seqlens, max_seqlen = self.tokenizer.encode(captions, **self.text, **key)
-        return Batch(images, ids, cu_seqlens, max_seqlen, first, 0)
+        return Batch(images, ids, cu_seqlens, max_seqlen, first, 0, {})
 
     def _blended(self, rows: Tensor, step: int) -> Tensor:
         """The rows' images; a share of them faded by a random amount into their concept's other."""
@@ -251,3 +284,16 @@ def ahead(make, steps: range, prefetch: int) -> Iterator[Batch]:
         finally:
             for future in pending:
                 future.cancel()
+
+
+class ErrorsAsValues(Dataset):
+    """Batches for DataLoader's workers, which would make a traceback of a sentence."""
+
+    def __init__(self, batches: Dataset) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | ValueError:
+        try:
+            return self.batches[step]
+        except ValueError as error:
+            return ValueError(str(error))

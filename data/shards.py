@@ -1,24 +1,24 @@
 """WebDataset tar shards as batches, in an order that is a pure function of (seed, step).
 
 A shard is an uncompressed tar; members that share the name up to the first dot are a sample:
-`000012.jpg` (jpeg, png, webp) with `000012.txt` or `000012.json` (its "caption"). Each tar is
-scanned once for the offsets of its members, the scan is kept in the user's cache folder, and from
-then on any sample is one seek away: a run resumes at step k without reading what came before.
+`000012.jpg` (jpeg, png, webp) with `000012.txt` or `000012.json` (its "caption"); tars.py has the
+details. Each tar is scanned once for the offsets of its members, the scan is kept in the user's
+cache folder, and from then on any sample is one seek away: a run resumes at step k without reading
+what came before. No shard is mapped or kept open, and only a window's scans are held.
 
 An epoch permutes the shards, then the samples inside each window of `window` neighbouring shards,
-so that only so many files are read at a time. A sample that cannot be read is counted and replaced
-by the one that stands at the same row of the next batch, and so on: the same one on every run.
+so that only so many files are read at a time. A sample that cannot be read, for whatever reason,
+is counted by kind and replaced by the one that stands at the same row of the next batch, and so on:
+the same one on every run.
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
-import re
-import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,110 +27,93 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import Augmentation, recolour, sample_draws
+from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .emoji import cache_folder
-from .images import decode_crop, decode_square
-from .loader import Batch, ahead, local_slice, order
+from .images import _check_interpolation, decode_crop, decode_square
+from .loader import (
+    Batch,
+    ErrorsAsValues,
+    Fault,
+    add_faults,
+    ahead,
+    describe_faults,
+    local_slice,
+    order,
+)
+from .pairs import Unreadable, captions_of, read_pair
+from .patterns import expand
+from .tars import samples_of
 from .text import Tokenizer
 
 WINDOW_STREAM = 5
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_CAPTIONS = ("txt", "json")
 _TRIES = 100  # unreadable samples in a row before a run gives up
-_FORMAT = 1  # part of the scan's name: raise it when what is stored changes
-
-
-def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Shard files of a pattern: braces `{000..127}` and `{a,b}`, stars, or a list of such.
-
-    Raises:
-        ValueError: a name matches no file.
-
-    >>> expand("shards/{00..02}.tar")
-    Traceback (most recent call last):
-    ValueError: shards: pattern must name files that are there, got 'shards/00.tar'
-    """
-    if isinstance(pattern, str | Path):
-        pattern = [pattern]
-    found = []
-    for one in pattern:
-        for name in _braces(str(one)):
-            matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-            if not matches or not all(os.path.isfile(match) for match in matches):
-                raise ValueError(f"shards: pattern must name files that are there, got {name!r}")
-            found += matches
-    if not found:
-        raise ValueError("shards: pattern must name at least one file, got none")
-    return [Path(name) for name in found]
-
-
-def _braces(text: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", text)
-    if not match:
-        return [text]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        first, last = int(span[1]), int(span[2])
-        parts = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
-    else:
-        parts = match[1].split(",")
-    head, tail = text[: match.start()], text[match.end() :]
-    return [head + part + rest for part in parts for rest in _braces(tail)]
+_FORMAT = 2  # part of the scan's name: raise it when what is stored changes
+_Scan = tuple[np.ndarray, list[str]]  # rows, and what must be said of the tar each time
 
 
 def scan(path: Path, cache: Path | None = None) -> np.ndarray:
-    """Where the samples of a tar lie.
+    """Where the samples of a tar lie. What is left out of it is said by a warning, each time.
 
     Returns:
         int64 [n, 5]: offset and size of the image, offset and size of the caption, and 1 where the
-        caption is JSON. A tar that is cut short gives its whole samples and a warning.
+        caption is JSON. A tar that is cut short or broken within gives what is whole.
 
     Raises:
         ValueError: the file is no uncompressed tar.
     """
-    stat = path.stat()
-    key = f"{_FORMAT} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    name = hashlib.sha256(key.encode()).hexdigest()[:24]
-    kept = cache_folder(cache) / "shards" / f"{name}.npy"
-    try:
-        rows = np.load(kept, mmap_mode="r", allow_pickle=False)  # shared by the processes
-        if rows.ndim == 2 and rows.shape[1] == 5 and rows.dtype == np.int64:
-            return rows
-    except (OSError, ValueError, EOFError):
-        pass
-    rows = _scan_tar(path)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file:
-            np.save(file, rows)
-        os.replace(part, kept)
-    except OSError:
-        pass  # no cache: the next run scans again
+    (rows, said), _ = _scan(path, cache)
+    for sentence in said:
+        warnings.warn(sentence, stacklevel=2)
     return rows
 
 
-def _scan_tar(path: Path) -> np.ndarray:
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
+    """The scan of a tar, and whether the cache holds it."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, base = os.path.split(member.name)
-                stem, _, extension = base.partition(".")
-                if member.isfile() and stem:
-                    parts = samples.setdefault(f"{folder}/{stem}", {})
-                    parts[extension.lower()] = (member.offset_data, member.size)
-    except tarfile.ReadError as error:
-        if not samples:
-            raise ValueError(f"shards: {path} must be an uncompressed tar, got {error}") from error
-        warnings.warn(f"shards: {path} is cut short ({error})", stacklevel=4)
-    end, rows = path.stat().st_size, []
-    for parts in samples.values():
-        image = next((parts[name] for name in _IMAGES if name in parts), None)
-        kind = next((name for name in _CAPTIONS if name in parts), None)
-        if image and kind and sum(image) <= end and sum(parts[kind]) <= end:
-            rows.append((*image, *parts[kind], int(kind == "json")))
-    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+        stat = path.stat()
+        key = f"{_FORMAT} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        key = key.encode("utf-8", "surrogateescape")
+        name = hashlib.sha256(key).hexdigest()[:24]
+        kept = cache_folder(cache) / "shards" / f"{name}.npy"
+        with contextlib.suppress(Exception):  # it is missing, half written or another's
+            return _read_scan(kept, key), True
+        found = _scan_tar(path)
+    except OSError as error:
+        raise ValueError(f"shards: {path} must be a file that can be read, got {error}") from error
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        _write_scan(part, key, found)
+        os.replace(part, kept)
+    except OSError:
+        return found, False  # the next run scans again
+    return found, True
+
+
+def _scan_tar(path: Path) -> _Scan:
+    return samples_of(path)
+
+
+def _checksum(key: bytes, rows: np.ndarray) -> int:
+    start = zlib.crc32(f"{rows.dtype} {rows.shape}".encode(), zlib.crc32(key))
+    return zlib.crc32(rows.tobytes(), start)
+
+
+def _write_scan(path: Path, key: bytes, found: _Scan) -> None:
+    """An .npy file with a line of JSON after it."""
+    rows, said = found
+    with open(path, "wb") as file:
+        np.save(file, rows)
+        file.write(json.dumps({"checksum": _checksum(key, rows), "said": said}).encode())
+
+
+def _read_scan(path: Path, key: bytes) -> _Scan:
+    with open(path, "rb") as file:
+        rows = np.load(file, allow_pickle=False)
+        rest = json.loads(file.read())
+    if rest["checksum"] != _checksum(key, rows):
+        raise ValueError("scan: a kept scan must be what was written, got another")
+    return rows, rest["said"]
 
 
 class ShardLoader(Dataset):
@@ -143,8 +126,8 @@ class ShardLoader(Dataset):
         context: tokens of a caption at most, special ones included.
         steps, start_step: first step that is not, and first that is, yielded.
         strategy, pad: how captions are cut and filled, as Tokenizer.encode.
-        augmentation: its crop, flip and colours; None is the plain crop. interpolation: "bilinear"
-            (CLIPA-v2) or "bicubic" (CLIPA v1).
+        augmentation: strengths, as `decode_crop` and `recolour`; None is the plain crop.
+        interpolation: "bilinear" (CLIPA-v2) or "bicubic" (CLIPA v1).
         seed: key of order, crops, colours and masks.
         rank, world_size: which share of the global batch this process takes.
         window: shards whose samples are mixed.
@@ -153,7 +136,8 @@ class ShardLoader(Dataset):
 
     Raises:
         ValueError: a batch that is empty or does not divide by world_size, a rank that is none, a
-            start after the end, a missing file, one that is no tar, no sample in any.
+            start after the end, a missing file, one that is no tar, no sample in any; while
+            iterating, 100 samples in a row that cannot be read.
     """
 
     def __init__(
@@ -188,9 +172,13 @@ class ShardLoader(Dataset):
                 "ShardLoader: window must be at least 1, workers and prefetch at least 0, "
                 f"got {window}, {workers}, {prefetch}"
             )
-        self.paths = expand(pattern)
-        self.scans = [scan(path, cache) for path in self.paths]
-        self.sizes = torch.tensor([len(rows) for rows in self.scans])
+        _check_interpolation("ShardLoader", interpolation)
+        self.paths, self.cache, self.window = expand(pattern), cache, window
+        self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
+        self._scans: dict[int, np.ndarray] = {}  # a few of the others
+        self.sizes = torch.tensor(
+            [len(self._first_scan(shard)) for shard in range(len(self.paths))]
+        )
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
@@ -201,7 +189,8 @@ class ShardLoader(Dataset):
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.start_step, self.steps, self.interpolation = start_step, steps, interpolation
         self.text = {"context": context, "strategy": strategy, "pad": pad}
-        self.window, self.workers, self.prefetch = window, workers, prefetch
+        tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
+        self.workers, self.prefetch = workers, prefetch
         self._mixed: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
@@ -211,7 +200,7 @@ class ShardLoader(Dataset):
         steps = range(self.start_step, self.steps)
         if self.workers:
             batches = DataLoader(
-                self,
+                ErrorsAsValues(self),
                 sampler=steps,
                 batch_size=None,
                 num_workers=self.workers,
@@ -222,32 +211,39 @@ class ShardLoader(Dataset):
             batches = ahead(self.__getitem__, steps, self.prefetch)
         skipped = 0
         for batch in batches:
+            if isinstance(batch, ValueError):
+                raise batch
             skipped += batch.skipped
             yield batch._replace(skipped=skipped)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of any step; `skipped` counts this batch alone."""
-        first = self.rows.start
+        first, count = self.rows.start, self.rows.stop - self.rows.start
         key = {"seed": self.seed, "step": step, "first_sample": first}
-        draws = sample_draws(self.rows.stop - first, **key)
-        places = torch.arange(first, self.rows.stop) + step * self.batch_size
-        images, captions, skipped = [], [], 0
-        for place, draw in zip(places.tolist(), draws, strict=True):
-            for again in range(_TRIES):
-                try:
-                    image, caption = self._sample(place + again * self.batch_size, draw)
-                    break
-                except (ValueError, OSError) as error:
-                    skipped, last = skipped + 1, error
-            else:
-                raise RuntimeError(
-                    f"ShardLoader: one of {_TRIES} samples in a row must be readable, got {last}"
+        draws = sample_draws(count, **key)
+        shapes = shape_draws(count, self.augmentation, **key)
+        for careful in (False, True):
+            faults: dict[str, Fault] = {}
+            rows = [
+                self._readable(
+                    first + row + step * self.batch_size,
+                    draws[row],
+                    None if shapes is None else shapes[row],
+                    faults,
+                    careful,
                 )
-            images.append(image)
-            captions.append(caption)
+                for row in range(count)
+            ]
+            images, captions = zip(*rows, strict=True)
+            try:
+                ids, ends, longest = self.tokenizer.encode(captions, **self.text, **key)
+                break
+            except Exception:  # a caption that has no ids; asked one by one it is told which
+                if careful:
+                    raise
         pixels = recolour(torch.stack(images), self.augmentation, **key)
-        ids, cu_seqlens, max_seqlen = self.tokenizer.encode(captions, **self.text, **key)
-        return Batch(pixels, ids, cu_seqlens, max_seqlen, first, skipped)
+        skipped = sum(fault.count for fault in faults.values())
+        return Batch(pixels, ids, ends, longest, first, skipped, faults)
 
     def locate(self, place: int) -> tuple[int, int]:
         """Shard and row in it of the sample at a place of the endless stream of epochs."""
@@ -274,49 +270,65 @@ class ShardLoader(Dataset):
             self._mixed[key] = order(self.seed, epoch, count, stream=stream)
         return self._mixed[key]
 
-    def _sample(self, place: int, draws: Tensor) -> tuple[Tensor, str]:
+    def _first_scan(self, shard: int) -> np.ndarray:
+        """A shard's scan; what is left out of the shard is said."""
+        (rows, said), kept = _scan(self.paths[shard], self.cache)
+        for sentence in said:
+            warnings.warn(sentence, stacklevel=4)
+        if not kept:
+            self._held[shard] = rows
+        return rows
+
+    def _scan_of(self, shard: int) -> np.ndarray:
+        if shard in self._held:
+            return self._held[shard]
+        if shard not in self._scans:
+            while len(self._scans) >= 2 * self.window:
+                self._scans.pop(next(iter(self._scans)), None)
+            self._scans[shard] = _scan(self.paths[shard], self.cache)[0][0]
+        return self._scans[shard]
+
+    def _readable(
+        self,
+        place: int,
+        draws: Tensor,
+        shapes: Tensor | None,
+        faults: dict[str, Fault],
+        careful: bool,
+    ) -> tuple[Tensor, str]:
+        """The first readable sample at this row of this and the next batches; counts the others."""
+
+        def decode(data: bytes) -> Tensor:
+            how = self.augmentation
+            return decode_crop(data, self.image_size, draws, how, self.interpolation, shapes)
+
+        for _ in range(_TRIES):
+            try:
+                return self._sample(place, decode, careful)
+            except Unreadable as error:
+                faults.update(add_faults(faults, {error.kind: Fault(1, str(error))}))
+                last, place = error, place + self.batch_size
+        raise ValueError(
+            f"ShardLoader: one of {_TRIES} samples in a row must be readable, got none; {last}"
+        )
+
+    def _sample(
+        self, place: int, decode: Callable[[bytes], Tensor], careful: bool
+    ) -> tuple[Tensor, str]:
         shard, row = self.locate(place)
-        with open(self.paths[shard], "rb") as file:
-            data, caption = _read_pair(file, self.scans[shard][row].tolist())
-        how = self.augmentation
-        return decode_crop(data, self.image_size, draws, how, self.interpolation), caption
-
-
-def _read_pair(file: BinaryIO, row: Sequence[int], with_image: bool = True) -> tuple[bytes, str]:
-    """The image file's bytes (none, if not asked for) and the caption of a row of `scan`."""
-    caption = _read_caption(file, row)
-    if not isinstance(caption, str):
-        came = "none" if caption is None else f"a {type(caption).__name__}"
-        raise ValueError(f"shards: a sample's JSON must hold a caption, got {came}")
-    return _read_image(file, row) if with_image else b"", caption
-
-
-def _read_caption(file: BinaryIO, row: Sequence[int]) -> object:
-    """What a row's .txt holds, or what its .json holds as "caption"; None if that is missing."""
-    file.seek(row[2])
-    caption = file.read(row[3]).decode("utf-8").strip()  # UnicodeDecodeError is a ValueError
-    if not row[4]:
-        return caption
-    found = json.loads(caption)  # so is JSONDecodeError
-    return found.get("caption") if isinstance(found, dict) else None
-
-
-def _read_captions(file: BinaryIO, row: Sequence[int]) -> list[str]:
-    """A row's captions for retrieval: the lines of its .txt, or the text or texts of its JSON."""
-    found = _read_caption(file, row)
-    if isinstance(found, str):
-        found = [found] if row[4] else found.split("\n")
-    texts = found if isinstance(found, list) else []
-    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if not captions:
-        raise ValueError("shards: a sample must hold a caption, got none")
-    "".join(captions).encode()  # half a surrogate pair is a ValueError
-    return captions
-
-
-def _read_image(file: BinaryIO, row: Sequence[int]) -> bytes:
-    file.seek(row[0])
-    return file.read(row[1])
+        path = self.paths[shard]
+        try:
+            places = self._scan_of(shard)[row].tolist()
+            with open(path, "rb") as file:
+                image, caption = read_pair(file, path, places, decode)
+        except (ValueError, IndexError, OSError) as error:  # the shard is gone or another
+            raise Unreadable("shard", f"{path}: {error}") from error
+        if careful:
+            try:
+                self.tokenizer.encode([caption], **self.text)
+            except Exception as error:
+                raise Unreadable("caption", f"{path}, {caption[:40]!r}: {error}") from error
+        return image, caption
 
 
 def _one_thread(worker: int) -> None:
@@ -328,9 +340,9 @@ def _one_thread(worker: int) -> None:
 def first_captions(pattern: str | Path | Sequence[str | Path], count: int = 100_000) -> list[str]:
     """Captions of the first samples, those that can be read: what a tokenizer may be trained on."""
     captions = []
-    for file, row in _first_rows(pattern, count):
-        with contextlib.suppress(ValueError):
-            captions.append(_read_pair(file, row, with_image=False)[1])
+    for file, path, row in _first_rows(pattern, count):
+        with contextlib.suppress(Unreadable):
+            captions.append(read_pair(file, path, row)[1])
     return captions
 
 
@@ -344,35 +356,42 @@ def read_pairs(
 
     Returns:
         uint8 [n, size, size, 3], each picture once; the captions of each; and how many samples
-        could not be read.
+        could not be read: a warning says why, by kind.
     """
     images: list[Tensor] = []
     captions: list[list[str]] = []
     places: dict[bytes, int] = {}
-    skipped = 0
-    for file, row in _first_rows(pattern, count):
+    faults: dict[str, Fault] = {}
+
+    def place_of(data: bytes) -> int:
+        name = hashlib.sha256(data).digest()
+        if name not in places:
+            images.append(decode_square(data, size, squash=True))
+            captions.append([])
+            places[name] = len(places)
+        return places[name]
+
+    for file, path, row in _first_rows(pattern, count):
         try:
-            texts, data = _read_captions(file, row), _read_image(file, row)
-            name = hashlib.sha256(data).digest()
-            if name not in places:
-                images.append(decode_square(data, size, squash=True))
-                places[name] = len(captions)
-                captions.append([])
-            captions[places[name]] += texts
-        except Exception:  # whatever one sample raises is that sample's fault
-            skipped += 1
+            place, texts = read_pair(file, path, row, place_of, captions_of)
+            captions[place] += texts
+        except Unreadable as error:
+            faults = add_faults(faults, {error.kind: Fault(1, str(error))})
+    if faults:
+        warnings.warn(f"shards: samples are left out: {describe_faults(faults)}", stacklevel=2)
     empty = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+    skipped = sum(fault.count for fault in faults.values())
     return torch.stack(images) if images else empty, captions, skipped
 
 
 def _first_rows(
     pattern: str | Path | Sequence[str | Path], count: int
-) -> Iterator[tuple[BinaryIO, list[int]]]:
-    """An open shard and a row of its scan, for the first `count` samples in the shards' order."""
+) -> Iterator[tuple[BinaryIO, Path, list[int]]]:
+    """An open shard, its path and a row of its scan, for the first `count` samples in order."""
     for path in expand(pattern):
         rows = scan(path)[:count].tolist()
         count -= len(rows)
         with open(path, "rb") as file:
-            yield from ((file, row) for row in rows)
+            yield from ((file, path, row) for row in rows)
         if count == 0:
             return

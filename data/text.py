@@ -12,20 +12,20 @@ A caption counts up to its first 4,096 characters, cut back to a space where one
 10,000 words costs no more than one of 700, and a longer context than 512 tokens is not meant.
 """
 
-import gzip
 import html
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from clipa_kernels.masking import block_text, random_text, syntax_text, truncate_text
+
+from .vocabularies import read_clip_merges, read_text, read_wordpiece, whole
+from .vocabularies import train_wordpiece as train_wordpiece
 
 MAX_CHARACTERS = 4096
 STRATEGIES = ("truncate", "random", "block", "syntax")
@@ -33,7 +33,6 @@ _STARTS = ("<start_of_text>", "<|startoftext|>", "[CLS]")
 _ENDS = ("<end_of_text>", "<|endoftext|>", "[EOT]")
 _PADS = ("[PAD]",)
 _REMEMBERED = 65536  # captions whose ids are kept: all of a small data set, little of a large one
-_CLIP_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 class Tokenizer:
@@ -141,12 +140,13 @@ class Tokenizer:
         for one in captions:
             if not isinstance(one, str):
                 raise TypeError(f"encode: captions must be strings, got {type(one).__name__}")
+        captions = [_cut(one) for one in captions]  # what is remembered has a bound, too
         known = self._known
         fresh = [one for one in dict.fromkeys(captions) if one not in known]
         if len(known) + len(fresh) > _REMEMBERED:
             known = {one: known[one] for one in captions if one in known}
             self._known = known if len(fresh) < _REMEMBERED else {}
-        texts = [self._clean(_cut(one)) for one in fresh]
+        texts = [self._clean(whole(one)) for one in fresh]
         found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         known.update(zip(fresh, (one.ids for one in found), strict=True))
         return [known[one] for one in captions]
@@ -185,68 +185,31 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """A tokenizer by its file: tokenizer.json, BERT's vocab.txt, or CLIP's bpe_*.txt.gz.
 
     Raises:
-        ValueError: the file is missing or none of these.
+        ValueError: the file is missing or none of these. A SentencePiece model is none; the message
+            says how to convert it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"load_tokenizer: path must be a file, got {str(path)!r}")
-    if path.suffix == ".gz":
+    if path.suffix == ".gz" and path.is_file():
         return clip_bpe(path)
     if path.suffix == ".txt":
         return bert_wordpiece(path)
-    return Tokenizer.from_json(path.read_text(encoding="utf-8"))
-
-
-def train_wordpiece(
-    captions: Iterable[str], vocab_size: int, *, start: bool = True
-) -> tokenizers.Tokenizer:
-    """A lower-case WordPiece vocabulary from captions, the same on every run and machine.
-
-    Args:
-        captions: text to learn from. vocab_size: ids at most, special tokens included.
-        start: whether rows begin with [CLS]. [PAD] is 0, [UNK] 1, [EOT] the largest id.
-
-    Raises:
-        ValueError: vocab_size leaves no room for the letters.
-    """
-    if vocab_size < 8:
-        raise ValueError(f"train_wordpiece: vocab_size must be at least 8, got {vocab_size}")
-    tokenizer = _wordpiece({})
-    normal = [tokenizer.normalizer.normalize_str(one) for one in captions]
-    counts = Counter(letter for one in normal for letter in one if not letter.isspace())
-    ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
-    specials = ["[PAD]", "[UNK]"] + ["[CLS]"] * start
-    kept = set(ranked[: (vocab_size - 1 - len(specials)) // 2])
-    if len(kept) < len(ranked):  # rare letters of a large alphabet become [UNK]
-        normal = ["".join(c if c in kept else " " for c in one) for one in normal]
-    # The trainer numbers "##x" pieces in the order of a hash table and breaks ties by number, so
-    # every run gives other pieces. Numbered here first, as special tokens, there is one order.
-    specials += [f"##{letter}" for letter in sorted(kept)]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size - 1, special_tokens=specials, show_progress=False
-    )
-    tokenizer.train_from_iterator(normal, trainer)
-    found = tokenizer.get_vocab()
-    found["[EOT]"] = len(found)
-    return _wordpiece(found)
+    text = read_text(path, "load_tokenizer")
+    try:
+        return Tokenizer.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"load_tokenizer: {path}: {error}") from error
 
 
 def bert_wordpiece(path: Path | str) -> Tokenizer:
-    """BERT's uncased WordPiece from its vocab.txt (one piece a line, the line number is the id).
+    """BERT's uncased WordPiece from its vocab.txt: one piece a line, the line number is the id.
+
+    A line ends by a newline, with or without a carriage return, and by nothing else. Of a piece
+    that comes twice the later line counts; empty lines at the end do not.
 
     Raises:
-        ValueError: the file is missing or lacks [UNK] or [CLS].
+        ValueError: the file is missing, no text, or lacks [UNK] or [CLS].
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"bert_wordpiece: path must be a file, got {str(path)!r}")
-    pieces = path.read_text(encoding="utf-8").splitlines()
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    if not {"[UNK]", "[CLS]"} <= vocabulary.keys():
-        raise ValueError(
-            f"bert_wordpiece: {path} must list [UNK] and [CLS], got {len(pieces)} lines"
-        )
-    return Tokenizer(_wordpiece(vocabulary))
+    return Tokenizer(read_wordpiece(Path(path)))
 
 
 def clip_bpe(path: Path | str | None = None) -> Tokenizer:
@@ -257,28 +220,10 @@ def clip_bpe(path: Path | str | None = None) -> Tokenizer:
             open_clip_torch.
 
     Raises:
-        ValueError: the file is missing or is no merge table.
+        ValueError: the file is missing or is no merge table, or has fewer merges than CLIP's.
         RuntimeError: path is None and neither is installed.
     """
-    path = _installed_merges() if path is None else Path(path)
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"clip_bpe: path must be a gzipped merge table, got {error}") from error
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    if any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"clip_bpe: {path} must hold two pieces a line, got others")
-    letters = _byte_letters()
-    pieces = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    specials = ["<start_of_text>", "<end_of_text>"]
-    vocabulary = {piece: number for number, piece in enumerate(pieces + specials)}
-    model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
-    tokenizer = tokenizers.Tokenizer(model)
-    split = pre_tokenizers.Split(tokenizers.Regex(_CLIP_PATTERN), "removed", invert=True)
-    bytes_to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_to_letters])
-    tokenizer.add_special_tokens(specials)
-    return Tokenizer(tokenizer)
+    return Tokenizer(read_clip_merges(None if path is None else Path(path)))
 
 
 def part_of_speech_priority(tokenizer: Tokenizer) -> Tensor:
@@ -338,14 +283,6 @@ def _lexicon() -> dict[str, str]:
     return tags
 
 
-def _wordpiece(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
-    """BERT's uncased normaliser, word splitter and greedy longest match."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
-
-
 def _first_id(names: tuple[str, ...], vocabulary: dict[str, int]) -> int | None:
     return next((vocabulary[name] for name in names if name in vocabulary), None)
 
@@ -368,24 +305,3 @@ def _clean_clip(text: str) -> str:
         ) from None
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text.strip()).strip().lower()
-
-
-def _installed_merges() -> Path:
-    """CLIP's merge table as a package brings it; no code of the package runs."""
-    for package in ("clip", "open_clip"):  # of openai-clip and open_clip_torch
-        spec = find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
-            if path.is_file():
-                return path
-    raise RuntimeError(
-        "clip_bpe: openai-clip or open_clip_torch must be installed where no path is given "
-        "(pip install openai-clip), got neither"
-    )
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte, in CLIP's order of ids: printable bytes first."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

@@ -353,3 +353,13 @@ def test_two_processes_agree():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_member, args=(port,), nprocs=2)
+
+
+def test_flags_of_the_embedded_set_are_refused_with_shards(tmp_path):
+    shards = {"data": "pairs/{0..9}.tar", "output": str(tmp_path)}
+    validate(replace(preset("emoji"), **shards))  # what a preset brings is no wish of a user's
+    validate(replace(preset("emoji"), **shards, rotate=45.0, warp=0.3, blend=0.0))
+    for change in ({"blend": 0.5}, {"captions": "all"}):
+        with pytest.raises(ValueError, match=f"config: {next(iter(change))} must be left alone"):
+            validate(replace(preset("emoji"), **shards, **change))
+        validate(replace(preset("emoji"), output=str(tmp_path), **change))

@@ -836,8 +836,15 @@ def test_a_shard_of_bad_samples_alone_ends_the_run(numbers, tmp_path):
         add(tar, "0.png", b"no image")
         add(tar, "0.txt", b"number 1")
     loader = shard_loader(tmp_path / "bad.tar", numbers, tmp_path)
-    with pytest.raises(RuntimeError, match="one of 100 samples in a row must be readable"):
+    sentence = (
+        r"one of 100 samples in a row must be readable, got none; \S*bad.tar, 0.png: .* whole"
+    )
+    with pytest.raises(ValueError, match=sentence):
         next(iter(loader))
+    loader.workers = 1
+    with pytest.raises(ValueError, match=f"^ShardLoader: {sentence}") as told:
+        next(iter(loader))
+    assert "\n" not in str(told.value)
 
 
 def test_a_shard_cut_short_gives_its_whole_samples(shards, numbers, tmp_path):

@@ -279,6 +279,10 @@ def validate(config: Config, world_size: int = 1, models: Collection[str] = ()) 
         low, high = getattr(config, name)
         _require(low <= high, name, "rise", getattr(config, name))
     _require(config.jitter[3] <= 0.5, "jitter", "have a hue of at most 0.5", config.jitter)
+    for name in ("blend", "captions") if config.data != "emoji" else ():  # shards have one of each
+        value = getattr(config, name)
+        kept = value in (getattr(Config, name), getattr(preset(config.preset), name))
+        _require(kept, name, "be left alone unless data is emoji", repr(value))
     _check_files(config)
 
 

@@ -238,7 +238,7 @@ class JsonLines:
         _write_whole(self.path, "".join(_line(row) for row in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
-    def write(self, *, stage: str, step: int, **values: float | None) -> None:
+    def write(self, *, stage: str, step: int, **values: float | dict | None) -> None:
         """Append one line at once: stage, step, the values given, and the time (Unix seconds)."""
         row = {"stage": stage, "step": step, **values, "time": round(time.time(), 3)}
         self._file.write(_line(row))

@@ -1,0 +1,66 @@
+"""Names of files by braces and stars, where a folder's own name may hold either."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+
+def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Shard files of a pattern, or of a list of such.
+
+    Braces are bash's: `{000..127}`, `{0..6..2}`, `{a..c}`, `{train,val}`, nested too; then stars,
+    question marks and [brackets]. A file or folder that is there by its literal name is meant, so
+    that `laion [aesthetic]/{0000..0099}.tar` finds its files.
+
+    Raises:
+        ValueError: a name matches no file, or braces do not pair.
+
+    >>> expand("shards/{00..02}.tar")
+    Traceback (most recent call last):
+    ValueError: shards: pattern must name files that are there, got 'shards/00.tar'
+    """
+    if isinstance(pattern, str | Path):
+        pattern = [pattern]
+    found = []
+    for one in pattern:
+        base, rest = _split(str(one))
+        for tail in _braces(rest):
+            matches = sorted(_matches(base, tail))
+            if not matches or not all(map(os.path.isfile, matches)):
+                raise ValueError(
+                    f"shards: pattern must name files that are there, got {base + tail!r}"
+                )
+            found += matches
+    if not found:
+        raise ValueError("shards: pattern must name at least one file, got none")
+    return [Path(name) for name in found]
+
+
+def _split(pattern: str) -> tuple[str, str]:
+    """The folders of a pattern that are there as they are written, and the rest."""
+    base, rest = "", pattern
+    while rest:
+        part, slash, after = rest.partition("/")
+        if not os.path.lexists(base + part + slash):
+            break
+        base, rest = base + part + slash, after
+    return base, rest
+
+
+def _braces(text: str) -> Iterator[str]:
+    try:
+        yield from braceexpand(text, escape=False)
+    except UnbalancedBracesError as error:
+        raise ValueError(f"shards: pattern must pair its braces, got {text!r}") from error
+
+
+def _matches(base: str, tail: str) -> list[str]:
+    """Paths in `base`, taken literally, that a tail without braces matches, part by part."""
+    if not tail:
+        return [base]
+    part, slash, after = tail.partition("/")
+    here = [base + part] if os.path.lexists(base + part) else glob.glob(glob.escape(base) + part)
+    return [path for one in here for path in _matches(one + slash, after)]

@@ -1,0 +1,186 @@
+"""Vocabularies: learnt from captions, or read from the files that others keep them in."""
+
+import codecs
+import gzip
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+_CLIP_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_CLIP_MERGES = 49152 - 256 - 2  # of the table's 262,144 lines
+_MARKS = {  # the longer ones first: a mark of UTF-32 begins as one of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_BINARY = {b"\x1f\x8b": "gzip data", b"PK\x03\x04": "a zip file", b"\x80": "a Python pickle"}
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 with one.
+
+    Raises:
+        UnicodeDecodeError (a ValueError): it is none of these.
+    """
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark) and len(data) > len(mark):
+            return data.decode(encoding)
+    return data.decode("utf-8-sig")
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no encoding can hold.
+
+    >>> whole("a boat \\ud83d")
+    'a boat \ufffd'
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_text(path: Path, function: str) -> str:
+    """A file's text as `decoded`; of a file that holds none, a ValueError says what it is."""
+    if not path.is_file():
+        raise ValueError(f"{function}: path must be a file, got {str(path)!r}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{function}: path must be a file that can be read, got {error}"
+        ) from error
+    if _is_sentencepiece(data):
+        raise ValueError(
+            f"{function}: {path} must be a tokenizer's JSON or vocab.txt, got a SentencePiece "
+            "model; transformers writes its tokenizer.json: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        return decoded(data)
+    except UnicodeDecodeError as error:
+        kinds = (kind for start, kind in _BINARY.items() if data.startswith(start))
+        came = next(kinds, f"bytes that are no UTF-8 ({error.reason} at byte {error.start})")
+        raise ValueError(f"{function}: {path} must be text in UTF-8, got {came}") from error
+
+
+def _is_sentencepiece(data: bytes) -> bool:
+    """Whether a file begins as its protobuf does: a piece's message, its text, its score."""
+    start = data[:4]
+    return len(start) == 4 and start[::2] == b"\n\n" and data[4 + start[3] :][:1] == b"\x15"
+
+
+def train_wordpiece(
+    captions: Iterable[str], vocab_size: int, *, start: bool = True
+) -> tokenizers.Tokenizer:
+    """A lower-case WordPiece vocabulary from captions, the same on every run and machine.
+
+    Args:
+        captions: text to learn from. vocab_size: ids at most, special tokens included.
+        start: whether rows begin with [CLS]. [PAD] is 0, [UNK] 1, [EOT] the largest id.
+
+    Raises:
+        ValueError: vocab_size leaves no room for the letters.
+    """
+    if vocab_size < 8:
+        raise ValueError(f"train_wordpiece: vocab_size must be at least 8, got {vocab_size}")
+    tokenizer = _wordpiece({})
+    normal = [tokenizer.normalizer.normalize_str(whole(one)) for one in captions]
+    counts = Counter(letter for one in normal for letter in one if not letter.isspace())
+    ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
+    specials = ["[PAD]", "[UNK]"] + ["[CLS]"] * start
+    kept = set(ranked[: (vocab_size - 1 - len(specials)) // 2])
+    if len(kept) < len(ranked):  # rare letters of a large alphabet become [UNK]
+        normal = ["".join(c if c in kept else " " for c in one) for one in normal]
+    # The trainer numbers "##x" pieces in the order of a hash table and breaks ties by number, so
+    # every run gives other pieces. Numbered here first, as special tokens, there is one order.
+    specials += [f"##{letter}" for letter in sorted(kept)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size - 1, special_tokens=specials, show_progress=False
+    )
+    tokenizer.train_from_iterator(normal, trainer)
+    found = tokenizer.get_vocab()
+    found["[EOT]"] = len(found)
+    return _wordpiece(found)
+
+
+def read_wordpiece(path: Path) -> tokenizers.Tokenizer:
+    """`text.bert_wordpiece` as the library's own tokenizer."""
+    # A line ends by a newline alone: U+2028, U+0085 and others are pieces of some vocabularies.
+    text = read_text(path, "bert_wordpiece").rstrip("\r\n")
+    pieces = [line.removesuffix("\r") for line in text.split("\n")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    if not {"[UNK]", "[CLS]"} <= vocabulary.keys():
+        raise ValueError(
+            f"bert_wordpiece: {path} must list [UNK] and [CLS], got {len(pieces)} lines"
+        )
+    return _wordpiece(vocabulary)
+
+
+def read_clip_merges(path: Path | None) -> tokenizers.Tokenizer:
+    """`text.clip_bpe` as the library's own tokenizer."""
+    path = _installed_merges() if path is None else path
+    try:
+        lines = decoded(gzip.decompress(path.read_bytes())).split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"clip_bpe: path must be a gzipped merge table, got {error}") from error
+    first = int("#version" in lines[0] or len(lines[0].split()) != 2)
+    merges = [tuple(line.split()) for line in lines[first : first + _CLIP_MERGES]]
+    while merges and not merges[-1]:
+        merges.pop()
+    if any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"clip_bpe: {path} must hold two pieces a line, got others")
+    letters = _byte_letters()
+    pieces = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    specials = ["<start_of_text>", "<end_of_text>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces + specials)}
+    # Ids are places in the table: those of one that is cut or another model's mean other pieces.
+    ours = len(merges) == _CLIP_MERGES and any(end.endswith("</w>") for _, end in merges)
+    if not ours or len(vocabulary) < len(pieces) + len(specials):
+        raise ValueError(
+            f"clip_bpe: {path} must be CLIP's table of {_CLIP_MERGES} different merges or more, "
+            f"got {len(set(merges))}"
+        )
+    model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
+    tokenizer = tokenizers.Tokenizer(model)
+    split = pre_tokenizers.Split(tokenizers.Regex(_CLIP_PATTERN), "removed", invert=True)
+    bytes_to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_to_letters])
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    """BERT's uncased normaliser, word splitter and greedy longest match."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _installed_merges() -> Path:
+    """CLIP's merge table as a package brings it; no code of the package runs."""
+    for package in ("clip", "open_clip"):  # of openai-clip and open_clip_torch
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+            if path.is_file():
+                return path
+    raise RuntimeError(
+        "clip_bpe: openai-clip or open_clip_torch must be installed where no path is given "
+        "(pip install openai-clip), got neither"
+    )
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte, in CLIP's order of ids: printable bytes first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

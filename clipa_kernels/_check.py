@@ -45,13 +45,28 @@ def require_integer(function: str, **tensors: Tensor) -> None:
             raise TypeError(f"{function}: {name} must hold int32 or int64, got {describe(tensor)}")
 
 
-def require_int(function: str, low: int, high: int, **values: object) -> None:
-    """TypeError unless every named value is an integer, ValueError unless in [low, high)."""
+def require_int(function: str, low: int, high: int, **values: object) -> tuple[int, ...]:
+    """The named values as Python's integers, as those of NumPy wrap where they are added.
+
+    TypeError unless every one is an integer, ValueError unless in [low, high).
+    """
     for name, value in values.items():
-        if not isinstance(value, Integral):
+        if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
             raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
         if not low <= value < high:
             raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
+    return tuple(v if isinstance(v, torch.SymInt) else int(v) for v in values.values())
+
+
+def require_device(function: str, device: object) -> torch.device | None:
+    """The device, None for torch's default; TypeError or ValueError where torch knows none such."""
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        error = ValueError if isinstance(device, str | int) else TypeError
+        raise error(f"{function}: device must be one of torch's, got {device!r}") from None
 
 
 def require_vectors(function: str, **tensors: Tensor) -> None:

@@ -135,7 +135,7 @@ BAD = {
     "bias": (dict(bias=torch.zeros(3)), ValueError, r"bias must be \[24\], got 3 float32"),
     "half a norm": (dict(mean=MEAN), ValueError, "must come together"),
     "mean": (dict(mean=MEAN[:2], std=STD), ValueError, r"mean must be \[3\], got 2"),
-    "zero std": (dict(mean=MEAN, std=torch.zeros(3)), ValueError, "std must not be zero"),
+    "zero std": (dict(mean=MEAN, std=torch.zeros(3)), ValueError, "std must be positive"),
     "positions": (dict(pos_embed=torch.zeros(9, 24)), ValueError, "1 prefix \\+ 9 patches, 24"),
     "cls": (dict(cls_token=torch.zeros(5)), ValueError, r"cls_token must be \[24\] or \[R, 24\]"),
     "too high": (dict(keep=torch.tensor([[0], [9]])), ValueError, "from 0 to 8, got 0 to 9"),

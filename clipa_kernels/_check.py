@@ -25,16 +25,19 @@ def readable(tensor: Tensor) -> bool:
 
 
 def require_tensor(function: str, **tensors: object) -> None:
-    """TypeError unless every named argument is a tensor."""
+    """TypeError unless every named argument is a dense tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            came = str(value.layout).removeprefix("torch.")
+            raise TypeError(f"{function}: {name} must be a dense tensor, got layout {came}")
 
 
 def require_float(function: str, **tensors: Tensor) -> None:
-    """TypeError unless every named tensor is floating point."""
+    """TypeError unless every named tensor is floating point, of 16 bits at least."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
 
 

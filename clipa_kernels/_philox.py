@@ -26,7 +26,12 @@ def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: in
     >>> [hex(word) for word in philox_bits(0, 0, torch.tensor([0]), 4)[0].tolist()]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    function = "philox_bits"
+    return _checked_bits("philox_bits", seed, step, samples, count, stream)
+
+
+def _checked_bits(
+    function: str, seed: int, step: int, samples: Tensor, count: int, stream: int
+) -> Tensor:
     require_vectors(function, samples=samples)
     (seed,) = require_int(function, 0, 2**64, seed=seed)
     step, count = require_int(function, 0, 2**32, step=step, count=count)
@@ -44,7 +49,8 @@ def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream:
     Args, Raises: as philox_bits.
     Returns: float32 [B, count] on the device of samples, equal on all devices.
     """
-    return (philox_bits(seed, step, samples, count, stream=stream) >> 8).float() * 2**-24
+    bits = _checked_bits("philox_uniform", seed, step, samples, count, stream)
+    return (bits >> 8).float() * 2**-24
 
 
 def draw_words(

@@ -143,7 +143,7 @@ def grid_patches(
     [[0, 2, 8, 10]]
     """
     batch, grid, device = _images("grid_patches", batch, grid, device)
-    if corner not in ("random", "top_left"):
+    if not isinstance(corner, str) or corner not in ("random", "top_left"):
         raise ValueError(f"grid_patches: corner must be random or top_left, got {corner!r}")
     key = seed, step, first = _key("grid_patches", batch, seed, step, first_sample)
     if _kernel("grid_patches", impl, grid, device) and corner == "random":

@@ -6,7 +6,7 @@ the layout of flash-attention's varlen functions. Next to a padded [B, S, D] ten
 token-wise layer (products, norms, GELU) works on sum(lengths) rows instead of B * S.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import accumulate
 from numbers import Complex, Integral, Real
 from typing import NamedTuple
@@ -98,14 +98,15 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
         return tokens.new_full((cu_seqlens.shape[0] - 1, max_seqlen, *tokens.shape[1:]), fill)
     index, valid = padded_index(cu_seqlens, max_seqlen)
     padded = tokens[index.clamp_(max=tokens.shape[0] - 1)]
-    return padded.masked_fill(~valid.view(*valid.shape, *[1] * (tokens.dim() - 1)), fill)
+    valid = valid.view(*valid.shape, *[1] * (tokens.dim() - 1))
+    return torch.where(valid, padded, tokens.new_full((), fill))
 
 
 def _integers(function: str, lengths: Iterable[int]) -> list[int]:
     """The lengths as Python's integers; a tensor of them may come in place of a sequence."""
     if isinstance(lengths, Tensor):
         lengths = lengths.tolist()
-    if not isinstance(lengths, Iterable):
+    if not isinstance(lengths, Iterable) or isinstance(lengths, str | bytes | Mapping | Set):
         raise TypeError(f"{function}: lengths must be a sequence of integers, got {lengths!r}")
     whole = [n.item() if isinstance(n, Tensor) and n.numel() == 1 else n for n in lengths]
     for length in whole:
@@ -120,19 +121,17 @@ def _filling(tokens: Tensor, fill: float) -> complex | Tensor:
         return fill
     if not isinstance(fill, Complex):
         raise TypeError(f"unpack: fill must be a number, got {fill!r}")
-    if tokens.is_complex():
-        return complex(fill)
-    held = isinstance(fill, Real)
-    if held and tokens.is_floating_point():
-        held = not torch.finfo(tokens.dtype).max < abs(fill) < float("inf")
-    elif held:
-        low, high = 0, 1  # of bool
-        if tokens.dtype != torch.bool:
-            low, high = torch.iinfo(tokens.dtype).min, torch.iinfo(tokens.dtype).max
-        held = low <= fill <= high and fill % 1 == 0
-    if not held:
+    parts = (fill,) if isinstance(fill, Real) else (fill.real, fill.imag)
+    if tokens.is_floating_point() or tokens.is_complex():
+        kind, largest = complex if tokens.is_complex() else float, torch.finfo(tokens.dtype).max
+        held = not any(largest < abs(part) < float("inf") for part in parts)
+    else:
+        limits = None if tokens.dtype == torch.bool else torch.iinfo(tokens.dtype)
+        kind, (low, high) = int, (limits.min, limits.max) if limits else (0, 1)
+        held = all(low <= part <= high and part % 1 == 0 for part in parts)
+    if not held or (len(parts) > 1 and kind is not complex):
         raise ValueError(f"unpack: fill must be a value of {tokens.dtype}, got {fill!r}")
-    return int(fill) if isinstance(fill, Integral) else float(fill)
+    return kind(fill)
 
 
 def padded_index(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:

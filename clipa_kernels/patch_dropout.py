@@ -55,7 +55,7 @@ class PatchDropout(nn.Module):
             raise TypeError(f"{name}: prob must be a number, got {prob!r}")
         if not 0 <= prob < 1:
             raise ValueError(f"{name}: prob must be in [0, 1), got {prob}")
-        if not isinstance(ordered, Integral):
+        if not isinstance(ordered, Integral) or ordered not in (0, 1):
             raise TypeError(f"{name}: ordered must be True or False, got {ordered!r}")
         prefix = dict(exclude_first_token=exclude_first_token)
         if isinstance(exclude_first_token, bool):

@@ -11,7 +11,6 @@ costs nothing, as it is folded into weight and bias. uint8 pixels are exact in b
 the product unrounded.
 """
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -202,8 +201,8 @@ def _checked(
         _check_keep(name, keep, images.shape[0], patches)
     if (mean is None) != (std is None):
         raise ValueError(f"{name}: mean and std must come together, got only one of them")
-    mean = _channels(name, "mean", mean, -math.inf, images, weight)
-    std = _channels(name, "std", std, 0, images, weight)
+    mean = _channels(name, "mean", mean, images, weight)
+    std = _channels(name, "std", std, images, weight)
     tensors = dict(images=images, keep=keep, weight=weight, bias=bias, pos_embed=pos_embed)
     require_same_device(name, **tensors, cls_token=cls_token, mean=mean, std=std)
     return mean, std
@@ -235,13 +234,14 @@ def _check_images(name: str, images: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _channels(
-    name: str, label: str, values: Channels, low: float, images: Tensor, weight: Tensor
+    name: str, label: str, values: Channels, images: Tensor, weight: Tensor
 ) -> Tensor | None:
-    """mean or std as a tensor, checked: finite numbers above low."""
+    """mean or std as a tensor, checked: finite in the dtype of the fold, std positive too."""
     if values is None:
         return None
     size = weight.shape[1]
     if isinstance(values, Tensor):
+        require_tensor(name, **{label: values})
         require_float(name, **{label: values})
         numbers = values.flatten().tolist() if readable(values) else []
         shape, came = tuple(values.shape), describe(values)
@@ -253,14 +253,17 @@ def _channels(
         raise TypeError(f"{name}: {label} must be a tensor or {size} numbers, got {values!r}")
     if shape != (size,):
         raise ValueError(f"{name}: {label} must be [{size}], got {came}")
-    if not all(low < number < math.inf for number in numbers):
-        rule = "finite" if low else "positive and finite"
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    largest = torch.finfo(wide).max
+    positive = label == "std"
+    if not all(-largest <= n <= largest and (n > 0 or not positive) for n in numbers):
+        rule = "positive and finite" if positive else "finite"
         raise ValueError(f"{name}: {label} must be {rule}, got {numbers}")
     if isinstance(values, Tensor):
         return values
     # Filled on the device: a tensor made of the numbers is a copy that the host waits for.
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.cat([torch.full((1,), v, dtype=wide, device=images.device) for v in numbers])
+    how = dict(dtype=wide, device=images.device)
+    return torch.cat([torch.full((1,), float(number), **how) for number in numbers])
 
 
 def _check_tokens(

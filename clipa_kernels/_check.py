@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# A tuple: Dynamo of torch 2.8 does not know A | B where isinstance asks for it.
+INTEGERS = (Integral, torch.SymInt)
 _TRITON = find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +56,7 @@ def require_int(function: str, low: int, high: int, **values: object) -> tuple[i
     TypeError unless every one is an integer, ValueError unless in [low, high).
     """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        if isinstance(value, bool) or not isinstance(value, INTEGERS):
             raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
         if not low <= value < high:
             raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
@@ -68,7 +70,7 @@ def require_device(function: str, device: object) -> torch.device | None:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):
-        error = ValueError if isinstance(device, str | int) else TypeError
+        error = ValueError if isinstance(device, (str, int)) else TypeError
         raise error(f"{function}: device must be one of torch's, got {device!r}") from None
 
 

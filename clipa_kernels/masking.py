@@ -342,7 +342,8 @@ def _block_shape(height: int, width: int, target: int) -> Grid:
         wides = {near + offset for near in beside for offset in (-1, 0, 1, 2)}
         shapes += [(tall, wide) for wide in wides if 1 <= wide <= width]
     shapes = [shape for shape in shapes if max(shape) <= limit * min(shape)]
-    return min(shapes, key=lambda s: (abs(s[0] * s[1] - target), max(s) / min(s), s[0]))
+    # Sorted, as Dynamo of torch 2.8 knows no min with a key.
+    return sorted(shapes, key=lambda s: (abs(s[0] * s[1] - target), max(s) / min(s), s[0]))[0]
 
 
 def _windows(starts: Tensor, lengths: Tensor) -> Tensor:
@@ -366,7 +367,7 @@ def _images(
 ) -> tuple[int, Grid, torch.device | None]:
     """batch, grid and device, checked."""
     (batch,) = require_int(function, 0, 2**31, batch=batch)
-    if not isinstance(grid, tuple | list) or len(grid) != 2:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise ValueError(f"{function}: grid must be (rows, columns), got {grid!r}")
     grid = require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
     return batch, grid, require_device(function, device)

@@ -8,13 +8,13 @@ token-wise layer (products, norms, GELU) works on sum(lengths) rows instead of B
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import accumulate
-from numbers import Complex, Integral, Real
+from numbers import Complex, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._check import describe, readable, require_device, require_int, require_tensor
+from ._check import INTEGERS, describe, readable, require_device, require_int, require_tensor
 
 
 class Packed(NamedTuple):
@@ -106,11 +106,11 @@ def _integers(function: str, lengths: Iterable[int]) -> list[int]:
     """The lengths as Python's integers; a tensor of them may come in place of a sequence."""
     if isinstance(lengths, Tensor):
         lengths = lengths.tolist()
-    if not isinstance(lengths, Iterable) or isinstance(lengths, str | bytes | Mapping | Set):
+    if not isinstance(lengths, Iterable) or isinstance(lengths, (str, bytes, Mapping, Set)):
         raise TypeError(f"{function}: lengths must be a sequence of integers, got {lengths!r}")
     whole = [n.item() if isinstance(n, Tensor) and n.numel() == 1 else n for n in lengths]
     for length in whole:
-        if isinstance(length, bool) or not isinstance(length, Integral | torch.SymInt):
+        if isinstance(length, bool) or not isinstance(length, INTEGERS):
             raise TypeError(f"{function}: lengths must be integers, got {length!r}")
     return [int(length) for length in whole]
 

@@ -28,8 +28,9 @@ class PatchDropout(nn.Module):
             the tokens in front that always stay, True for one.
         num_prefix_tokens: timm's name for it; wins where it is given.
         ordered: timm's; kept tokens are in order in any case.
-        seed: with the step that a call gives, names its masks, see forward; in [-2**63, 2**64),
-            where negative ones count from 2**64 as torch's do.
+        seed: with the step that a call gives, names its masks, see forward: processes whose masks
+            must differ take different seeds. In [-2**63, 2**64), where negative ones count from
+            2**64 as torch's do.
     Attributes: prob, num_prefix_tokens, exclude_first_token, ordered and seed; what is assigned to
         them holds from the next call on.
     Raises:
@@ -140,7 +141,7 @@ class PatchDropout(nn.Module):
         if step is None:
             return
         if self.seed is None:
-            raise ValueError(f"{name}: step must come with a seed, got step {step} and no seed")
+            raise ValueError(f"{name}: step must come with a seed, got seed None")
         if not isinstance(step, Tensor):
             require_int(name, 0, 2**32, step=step)
         elif step.dim() or step.dtype not in (torch.int32, torch.int64) or step.device != x.device:

@@ -280,7 +280,11 @@ BAD = {
     "list": (lambda: PatchDropout()([1.0]), TypeError, "x must be a tensor, got list"),
     "one dimension": (lambda: PatchDropout()(torch.zeros(3)), ValueError, r"1 prefix \+ L"),
     "no patch": (lambda: PatchDropout()(torch.zeros(2, 1, 4)), ValueError, "got 2x1x4 float32"),
-    "no seed": (lambda: PatchDropout()(X, 3), ValueError, "step must come with a seed, got step 3"),
+    "no seed": (
+        lambda: PatchDropout()(X, 3),
+        ValueError,
+        "step must come with a seed, got seed None",
+    ),
     "step": (lambda: PatchDropout(seed=1)(X, 0.5), TypeError, "step must be an integer, got 0.5"),
     "large step": (lambda: PatchDropout(seed=1)(X, 2**32), ValueError, "step must be in"),
     "steps": (lambda: PatchDropout(seed=1)(X, torch.arange(2)), TypeError, "scalar on cpu, got 2 "),

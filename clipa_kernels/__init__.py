@@ -41,7 +41,7 @@ from .masking import (
     truncate_text,
 )
 from .packing import Packed, cu_seqlens_of, pack, unpack
-from .patch_dropout import PatchDropout
+from .patch_dropout import PatchDropout, PatchDropoutWithIndices
 from .patch_embed import patch_embed, patch_embed_reference
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ __all__ = [
     "ClipLoss",
     "Packed",
     "PatchDropout",
+    "PatchDropoutWithIndices",
     "SigLipLoss",
     "add_layer_norm",
     "add_layer_norm_reference",

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# A tuple: Dynamo of torch 2.8 does not know A | B where isinstance asks for it.
+INTEGERS = (Integral, torch.SymInt)
 _TRITON = find_spec("triton") is not None
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,16 +27,19 @@ def readable(tensor: Tensor) -> bool:
 
 
 def require_tensor(function: str, **tensors: object) -> None:
-    """TypeError unless every named argument is a tensor."""
+    """TypeError unless every named argument is a dense tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            came = str(value.layout).removeprefix("torch.")
+            raise TypeError(f"{function}: {name} must be a dense tensor, got layout {came}")
 
 
 def require_float(function: str, **tensors: Tensor) -> None:
-    """TypeError unless every named tensor is floating point."""
+    """TypeError unless every named tensor is floating point, of 16 bits at least."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
 
 
@@ -45,13 +50,28 @@ def require_integer(function: str, **tensors: Tensor) -> None:
             raise TypeError(f"{function}: {name} must hold int32 or int64, got {describe(tensor)}")
 
 
-def require_int(function: str, low: int, high: int, **values: object) -> None:
-    """TypeError unless every named value is an integer, ValueError unless in [low, high)."""
+def require_int(function: str, low: int, high: int, **values: object) -> tuple[int, ...]:
+    """The named values as Python's integers, as those of NumPy wrap where they are added.
+
+    TypeError unless every one is an integer, ValueError unless in [low, high).
+    """
     for name, value in values.items():
-        if not isinstance(value, Integral):
+        if isinstance(value, bool) or not isinstance(value, INTEGERS):
             raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
         if not low <= value < high:
             raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
+    return tuple(v if isinstance(v, torch.SymInt) else int(v) for v in values.values())
+
+
+def require_device(function: str, device: object) -> torch.device | None:
+    """The device, None for torch's default; TypeError or ValueError where torch knows none such."""
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        error = ValueError if isinstance(device, (str, int)) else TypeError
+        raise error(f"{function}: device must be one of torch's, got {device!r}") from None
 
 
 def require_vectors(function: str, **tensors: Tensor) -> None:

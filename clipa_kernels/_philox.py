@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._check import require_int, require_vectors
+from ._check import readable, require_int, require_vectors
 
 LOW = 0xFFFFFFFF
 
@@ -26,15 +26,21 @@ def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: in
     >>> [hex(word) for word in philox_bits(0, 0, torch.tensor([0]), 4)[0].tolist()]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    function = "philox_bits"
+    return _checked_bits("philox_bits", seed, step, samples, count, stream)
+
+
+def _checked_bits(
+    function: str, seed: int, step: int, samples: Tensor, count: int, stream: int
+) -> Tensor:
     require_vectors(function, samples=samples)
-    require_int(function, 0, 2**64, seed=seed)
-    require_int(function, 0, 2**32, step=step, count=count)
-    require_int(function, 0, 2**16, stream=stream)
-    if samples.device.type == "cpu" and len(samples):
+    (seed,) = require_int(function, 0, 2**64, seed=seed)
+    step, count = require_int(function, 0, 2**32, step=step, count=count)
+    (stream,) = require_int(function, 0, 2**16, stream=stream)
+    samples = samples.long()
+    if readable(samples) and len(samples):
         for bound in samples.aminmax():
             require_int(function, 0, 2**48, sample=int(bound))
-    return draw_bits(seed, step, samples.long(), count, stream)
+    return draw_bits(seed, step, samples, count, stream)
 
 
 def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:
@@ -43,11 +49,18 @@ def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream:
     Args, Raises: as philox_bits.
     Returns: float32 [B, count] on the device of samples, equal on all devices.
     """
-    return (philox_bits(seed, step, samples, count, stream=stream) >> 8).float() * 2**-24
+    bits = _checked_bits("philox_uniform", seed, step, samples, count, stream)
+    return (bits >> 8).float() * 2**-24
 
 
-def draw_words(seed: int, step: int, stream: int, samples: Tensor, blocks: Tensor) -> Tensor:
-    """int64 [..., 4]: the four words of each counter, samples and blocks broadcast to [...]."""
+def draw_words(
+    seed: int, step: int | Tensor, stream: int, samples: Tensor, blocks: Tensor
+) -> Tensor:
+    """int64 [..., 4]: the four words of each counter, all but the seed broadcast to [...]."""
+    # A step that changes from call to call is no constant to torch.compile: arithmetic on such a
+    # number is not done in 64 bits in the code that it makes, on a tensor it is.
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=samples.device)
     counter = (blocks, samples & LOW, step, (samples >> 32 << 16) | stream)
     return _philox4x32(counter, (seed & LOW, seed >> 32))
 
@@ -65,7 +78,7 @@ def _philox4x32(counter: tuple, key: tuple[int, int]) -> Tensor:
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
 
 
-def draw_bits(seed: int, step: int, samples: Tensor, count: int, stream: int) -> Tensor:
-    """philox_bits without its checks."""
+def draw_bits(seed: int, step: int | Tensor, samples: Tensor, count: int, stream: int) -> Tensor:
+    """philox_bits without its checks; the step may be an int64 scalar on the device."""
     blocks = torch.arange((count + 3) // 4, device=samples.device)
     return draw_words(seed, step, stream, samples[:, None], blocks).flatten(1)[:, :count]

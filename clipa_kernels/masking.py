@@ -27,7 +27,6 @@ caller's. The size depends on the lengths, so a CUDA device is waited for: use i
 """
 
 from functools import cache
-from itertools import product
 from numbers import Real
 
 import torch
@@ -36,6 +35,8 @@ from torch import Tensor
 from ._check import (
     choose_impl,
     describe,
+    readable,
+    require_device,
     require_int,
     require_same_device,
     require_tensor,
@@ -64,7 +65,7 @@ def keep_count(num_patches: int, drop: float) -> int:
 
 def all_patches(batch: int, grid: Grid, *, device: Device = None) -> Tensor:
     """Every patch of every image: int64 [B, L]. Args, Raises: as random_patches."""
-    _require_images("all_patches", batch, grid)
+    batch, grid, device = _images("all_patches", batch, grid, device)
     return torch.arange(grid[0] * grid[1], device=device).repeat(batch, 1)
 
 
@@ -99,16 +100,20 @@ def random_patches(
     >>> random_patches(2, (4, 4), 0.75, seed=0, step=0).shape
     torch.Size([2, 4])
     """
-    _require_images("random_patches", batch, grid)
+    batch, grid, device = _images("random_patches", batch, grid, device)
     patches = grid[0] * grid[1]
     kept = _keep_count("random_patches", patches, drop)
-    key = seed, step, first_sample
-    if _kernel("random_patches", impl, batch, grid, key, device):
+    key = seed, step, first = _key("random_patches", batch, seed, step, first_sample)
+    if _kernel("random_patches", impl, grid, device):
         return _launched("random", batch, grid, kept, (0, 0), key, device)
-    samples = _samples("random_patches", batch, seed, step, first_sample, device)
-    bits = draw_bits(seed, step, samples, patches, IMAGE_STREAM)
+    samples = torch.arange(first, first + batch, device=device)
+    return lowest_columns(draw_bits(seed, step, samples, patches, IMAGE_STREAM), kept)
+
+
+def lowest_columns(bits: Tensor, kept: int) -> Tensor:
+    """The columns of the `kept` lowest 32-bit words of each row, ascending."""
     # With the index in the low bits all keys differ, so topk has no tie to break its own way.
-    keys = (bits << 31) | torch.arange(patches, device=device)
+    keys = (bits << 31) | torch.arange(bits.shape[1], device=bits.device)
     return keys.topk(kept, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
 
 
@@ -137,18 +142,18 @@ def grid_patches(
     >>> grid_patches(1, (4, 4), corner="top_left", seed=0, step=0).tolist()
     [[0, 2, 8, 10]]
     """
-    _require_images("grid_patches", batch, grid)
-    if corner not in ("random", "top_left"):
+    batch, grid, device = _images("grid_patches", batch, grid, device)
+    if not isinstance(corner, str) or corner not in ("random", "top_left"):
         raise ValueError(f"grid_patches: corner must be random or top_left, got {corner!r}")
-    key = seed, step, first_sample
-    if corner == "random" and _kernel("grid_patches", impl, batch, grid, key, device):
+    key = seed, step, first = _key("grid_patches", batch, seed, step, first_sample)
+    if _kernel("grid_patches", impl, grid, device) and corner == "random":
         windows = (grid[0] + 1) // 2 * ((grid[1] + 1) // 2)
         return _launched("grid", batch, grid, windows, (0, 0), key, device)
-    samples = _samples("grid_patches", batch, seed, step, first_sample, device)
     rows = torch.arange(0, grid[0], 2, device=device)[:, None]
     columns = torch.arange(0, grid[1], 2, device=device)
     if corner == "top_left":
         return (rows * grid[1] + columns).flatten().repeat(batch, 1)
+    samples = torch.arange(first, first + batch, device=device)
     bits = draw_bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
     bits = bits.view(batch, len(rows), len(columns))
     # The two upper bits choose; a window cut to one row or column has no second one to choose.
@@ -178,12 +183,12 @@ def block_patches(
     Returns: int64 [B, K], ascending in each row; K is the area.
     Source: CLIPA's block mask; the shape and the placement are our choice.
     """
-    _require_images("block_patches", batch, grid)
+    batch, grid, device = _images("block_patches", batch, grid, device)
     tall, wide = _block_shape(*grid, _keep_count("block_patches", grid[0] * grid[1], drop))
-    key = seed, step, first_sample
-    if _kernel("block_patches", impl, batch, grid, key, device):
+    key = seed, step, first = _key("block_patches", batch, seed, step, first_sample)
+    if _kernel("block_patches", impl, grid, device):
         return _launched("block", batch, grid, tall * wide, (tall, wide), key, device)
-    samples = _samples("block_patches", batch, seed, step, first_sample, device)
+    samples = torch.arange(first, first + batch, device=device)
     free_rows, free_columns = grid[0] - tall + 1, grid[1] - wide + 1
     place = draw_bits(seed, step, samples, 1, IMAGE_STREAM) * (free_rows * free_columns) >> 32
     corner = place // free_columns * grid[1] + place % free_columns
@@ -207,7 +212,7 @@ def truncate_text(lengths: Tensor, context: int) -> tuple[Tensor, Tensor]:
     >>> truncate_text(torch.tensor([3, 1]), 2)
     (tensor([0, 1, 3]), tensor([2, 1]))
     """
-    lengths = _checked_lengths("truncate_text", lengths, context)
+    lengths, context = _captions("truncate_text", lengths, context)
     kept = lengths.clamp(max=context)
     return _windows(lengths.cumsum(0) - lengths, kept), kept
 
@@ -221,8 +226,9 @@ def random_text(
     Raises: as truncate_text, and for a part of the key that is out of its range.
     Source: open_clip's "random". CLIPA's JAX code loses the order (open_clip's "shuffle").
     """
-    lengths = _checked_lengths("random_text", lengths, context)
-    samples = _samples("random_text", len(lengths), seed, step, first_sample, lengths.device)
+    lengths, context = _captions("random_text", lengths, context)
+    seed, step, first = _key("random_text", len(lengths), seed, step, first_sample)
+    samples = torch.arange(first, first + len(lengths), device=lengths.device)
     # Words come in fours: caption b owns ceil(lengths[b] / 4) counter blocks of the flat words.
     blocks = (lengths + 3) // 4
     columns = _windows(torch.zeros_like(blocks), blocks)
@@ -241,8 +247,9 @@ def block_text(
     Args, Returns, Raises: as random_text.
     Source: open_clip's "simple". CLIPA's JAX code is off by one: it never keeps the last token.
     """
-    lengths = _checked_lengths("block_text", lengths, context)
-    samples = _samples("block_text", len(lengths), seed, step, first_sample, lengths.device)
+    lengths, context = _captions("block_text", lengths, context)
+    seed, step, first = _key("block_text", len(lengths), seed, step, first_sample)
+    samples = torch.arange(first, first + len(lengths), device=lengths.device)
     kept = lengths.clamp(max=context)
     bits = draw_bits(seed, step, samples, 1, TEXT_STREAM)[:, 0]
     starts = lengths.cumsum(0) - lengths + (bits * (lengths - kept + 1) >> 32)
@@ -269,26 +276,20 @@ def syntax_text(
     >>> syntax_text(torch.tensor([2, 0, 2, 1]), torch.tensor([4]), 2, priority)
     (tensor([1, 3]), tensor([2]))
     """
-    lengths = _checked_lengths("syntax_text", lengths, context)
+    lengths, context = _captions("syntax_text", lengths, context)
     _require_table("syntax_text", ids, lengths, priority)
     return _lowest(priority[ids.long()].long(), lengths, context)
 
 
-def _require_key(f: str, batch: int, seed: int, step: int, first: int) -> None:
-    require_int(f, 0, 2**64, seed=seed)
-    require_int(f, 0, 2**32, step=step)
-    require_int(f, 0, 2**48 - batch + 1, first_sample=first)
+def _key(f: str, batch: int, seed: int, step: int, first: int) -> tuple[int, int, int]:
+    """Seed, step and first sample of function f, checked."""
+    (seed,) = require_int(f, 0, 2**64, seed=seed)
+    (step,) = require_int(f, 0, 2**32, step=step)
+    return seed, step, *require_int(f, 0, 2**48 - batch + 1, first_sample=first)
 
 
-def _samples(f: str, batch: int, seed: int, step: int, first: int, device: Device) -> Tensor:
-    """Checks the key of function f; the global sample indices of the batch."""
-    _require_key(f, batch, seed, step, first)
-    return torch.arange(first, first + batch, device=device)
-
-
-def _kernel(f: str, impl: str, batch: int, grid: Grid, key: tuple, device: Device) -> bool:
-    """Whether function f launches the kernel; checks the key and impl."""
-    _require_key(f, batch, *key)
+def _kernel(f: str, impl: str, grid: Grid, device: Device) -> bool:
+    """Whether function f launches the kernel; checks impl."""
     chosen = choose_impl(f, impl, ("triton", "torch"), torch.empty(0, device=device)) == "triton"
     if chosen and impl == "triton" and grid[0] * grid[1] > _KERNEL_PATCHES:
         raise ValueError(
@@ -321,8 +322,8 @@ def _(like, mask, batch, sizes, words, first):
 
 
 def _keep_count(function: str, num_patches: int, drop: float) -> int:
-    require_int(function, 1, 2**31, num_patches=num_patches)
-    if not isinstance(drop, Real):
+    (num_patches,) = require_int(function, 1, 2**31, num_patches=num_patches)
+    if isinstance(drop, bool) or not isinstance(drop, Real):
         raise TypeError(f"{function}: drop must be a number, got {drop!r}")
     if not 0 <= drop < 1:
         raise ValueError(f"{function}: drop must be in [0, 1), got {drop}")
@@ -331,10 +332,18 @@ def _keep_count(function: str, num_patches: int, drop: float) -> int:
 
 @cache
 def _block_shape(height: int, width: int, target: int) -> Grid:
+    """The shape of area nearest to the target, then the squarest, then the flattest."""
     limit = max(2, height / width, width / height)
-    shapes = product(range(1, height + 1), range(1, width + 1))
+    shapes = []
+    for tall in range(1, height + 1):
+        # At one height only the widths beside target / tall can be best, or those beside the
+        # bounds that the limit sets; neighbours too, as a float bound may round either way.
+        beside = (target // tall, int(tall / limit), int(tall * limit), width)
+        wides = {near + offset for near in beside for offset in (-1, 0, 1, 2)}
+        shapes += [(tall, wide) for wide in wides if 1 <= wide <= width]
     shapes = [shape for shape in shapes if max(shape) <= limit * min(shape)]
-    return min(shapes, key=lambda s: (abs(s[0] * s[1] - target), max(s) / min(s), s[0]))
+    # Sorted, as Dynamo of torch 2.8 knows no min with a key.
+    return sorted(shapes, key=lambda s: (abs(s[0] * s[1] - target), max(s) / min(s), s[0]))[0]
 
 
 def _windows(starts: Tensor, lengths: Tensor) -> Tensor:
@@ -353,19 +362,25 @@ def _lowest(words: Tensor, lengths: Tensor, context: int) -> tuple[Tensor, Tenso
     return keep.nonzero()[:, 0], lengths.clamp(max=context)
 
 
-def _require_images(function: str, batch: int, grid: Grid) -> None:
-    require_int(function, 0, 2**31, batch=batch)
-    if not isinstance(grid, tuple | list) or len(grid) != 2:
+def _images(
+    function: str, batch: int, grid: Grid, device: Device
+) -> tuple[int, Grid, torch.device | None]:
+    """batch, grid and device, checked."""
+    (batch,) = require_int(function, 0, 2**31, batch=batch)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise ValueError(f"{function}: grid must be (rows, columns), got {grid!r}")
-    require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
+    grid = require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
+    return batch, grid, require_device(function, device)
 
 
-def _checked_lengths(function: str, lengths: Tensor, context: int) -> Tensor:
+def _captions(function: str, lengths: Tensor, context: int) -> tuple[Tensor, int]:
+    """lengths in int64 and context, checked."""
     require_vectors(function, lengths=lengths)
-    require_int(function, 1, 2**31, context=context)
-    if lengths.device.type == "cpu" and len(lengths):
-        require_int(function, 0, 2**31, length=int(lengths.min()))
-    return lengths.long()
+    lengths = lengths.long()
+    if readable(lengths) and len(lengths):
+        for bound in lengths.aminmax():
+            require_int(function, 0, 2**31, length=int(bound))
+    return lengths, *require_int(function, 1, 2**31, context=context)
 
 
 def _require_table(function: str, ids: Tensor, lengths: Tensor, priority: Tensor) -> None:
@@ -376,8 +391,8 @@ def _require_table(function: str, ids: Tensor, lengths: Tensor, priority: Tensor
     if priority.dim() != 1:
         raise ValueError(f"{function}: priority must be one-dimensional, got {describe(priority)}")
     require_same_device(function, ids=ids, lengths=lengths, priority=priority)
-    if ids.device.type == "cpu":
+    if readable(ids):
         if (total := int(lengths.sum())) != len(ids):
             raise ValueError(f"{function}: lengths must sum to the {len(ids)} ids, got {total}")
-        for bound in ids.aminmax() if len(ids) else ():
+        for bound in ids.long().aminmax() if len(ids) else ():
             require_int(function, 0, len(priority), id=int(bound))

@@ -11,6 +11,9 @@ costs nothing, as it is folded into weight and bias. uint8 pixels are exact in b
 the product unrounded.
 """
 
+from collections.abc import Sequence
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,12 +23,13 @@ from ._check import (
     describe,
     readable,
     require_float,
-    require_integer,
     require_same_device,
     require_tensor,
 )
 from ._patch_embed_ops import embed_patches, embed_tokens
 from .packing import Packed
+
+Channels = Tensor | Sequence[float] | None
 
 
 def patch_embed_reference(
@@ -35,10 +39,12 @@ def patch_embed_reference(
     bias: Tensor | None,
     pos_embed: Tensor,
     cls_token: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    mean: Channels = None,
+    std: Channels = None,
 ) -> Packed:
     """The specification: normalise, convolve, add positions, pick; see patch_embed."""
+    args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
+    mean, std = _checked("patch_embed_reference", *args)
     wide = torch.promote_types(weight.dtype, torch.float32)
     x = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
     if mean is not None:
@@ -62,8 +68,8 @@ def patch_embed(
     bias: Tensor | None,
     pos_embed: Tensor,
     cls_token: Tensor | None = None,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     *,
     impl: str = "auto",
 ) -> Packed:
@@ -78,15 +84,16 @@ def patch_embed(
         bias: [D] or None.
         pos_embed: [R + L, D]: prefix rows, then one for each patch.
         cls_token: [D] or [R, D], rows in front of each image's patches; None means R = 0.
-        mean, std: [C], in units where white is 1; both or neither. Not differentiated.
+        mean, std: [C] or C numbers, in units where white is 1, std above 0; both or neither. Not
+            differentiated.
         impl: "auto", "triton", "torch" or "reference".
     Returns:
         Packed with tokens [B * (R + K), D] in weight's dtype, or autocast's where it is on.
         Gradients flow to weight, bias, pos_embed, cls_token, and to images if they are floating.
     Raises:
         ValueError: an image that does not divide into patches, channels or sizes or devices that
-            disagree, keep empty or out of range (looked at on a CPU only), a zero in std, an
-            unknown impl.
+            disagree, keep empty or out of range, a mean that is not finite, a std that is not
+            positive and finite (tensors are looked at on a CPU only), an unknown impl.
         TypeError: dtypes other than those above.
     Source: open_clip's VisionTransformer stem and PatchDropout.
 
@@ -96,15 +103,14 @@ def patch_embed(
     >>> patch_embed(image, keep, torch.ones(8, 3, 2, 2), None, torch.zeros(4, 8)).tokens.shape
     torch.Size([2, 8])
     """
-    _check_images(images, weight, bias, mean, std)
-    _check_tokens(images, keep, weight, pos_embed, cls_token)
+    args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
+    mean, std = _checked("patch_embed", *args)
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
     like = images if images.dtype == torch.float64 else weight
     impl = choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
     if impl == "reference":
-        args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
     with torch.autocast(images.device.type, enabled=False):
@@ -175,10 +181,34 @@ def _packed(x: Tensor) -> Packed:
     return Packed(x.flatten(0, 1), ends, size)
 
 
-def _check_images(
-    images: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None
-) -> None:
-    name = "patch_embed"
+def _checked(
+    name: str,
+    images: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor,
+    cls_token: Tensor | None,
+    mean: Channels,
+    std: Channels,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check all arguments of function name; mean and std as tensors."""
+    _check_images(name, images, weight, bias)
+    side = weight.shape[-1]
+    patches = (images.shape[2] // side) * (images.shape[3] // side)
+    _check_tokens(name, patches, weight, pos_embed, cls_token)
+    if keep is not None:
+        _check_keep(name, keep, images.shape[0], patches)
+    if (mean is None) != (std is None):
+        raise ValueError(f"{name}: mean and std must come together, got only one of them")
+    mean = _channels(name, "mean", mean, images, weight)
+    std = _channels(name, "std", std, images, weight)
+    tensors = dict(images=images, keep=keep, weight=weight, bias=bias, pos_embed=pos_embed)
+    require_same_device(name, **tensors, cls_token=cls_token, mean=mean, std=std)
+    return mean, std
+
+
+def _check_images(name: str, images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     require_tensor(name, images=images, weight=weight)
     require_float(name, weight=weight)
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -196,29 +226,55 @@ def _check_images(
             f"{name}: height and width must be multiples of the patch side {side}, "
             f"got {height}x{width}"
         )
-    if (mean is None) != (std is None):
-        raise ValueError(f"{name}: mean and std must come together, got only one of them")
-    for label, t, size in (("bias", bias, 0), ("mean", mean, 1), ("std", std, 1)):
-        if t is not None and t.shape != weight.shape[size : size + 1]:
-            raise ValueError(f"{name}: {label} must be [{weight.shape[size]}], got {describe(t)}")
-    if std is not None and readable(std) and bool((std == 0).any()):
-        raise ValueError(f"{name}: std must not be zero, got {std.tolist()}")
-    require_same_device(name, images=images, weight=weight, bias=bias, mean=mean, std=std)
+    if bias is not None:
+        require_tensor(name, bias=bias)
+        require_float(name, bias=bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}: bias must be [{weight.shape[0]}], got {describe(bias)}")
+
+
+def _channels(
+    name: str, label: str, values: Channels, images: Tensor, weight: Tensor
+) -> Tensor | None:
+    """mean or std as a tensor, checked: finite in the dtype of the fold, std positive too."""
+    if values is None:
+        return None
+    size = weight.shape[1]
+    if isinstance(values, Tensor):
+        require_tensor(name, **{label: values})
+        require_float(name, **{label: values})
+        numbers = values.flatten().tolist() if readable(values) else []
+        shape, came = tuple(values.shape), describe(values)
+    elif isinstance(values, Sequence) and all(
+        isinstance(value, Real) and not isinstance(value, bool) for value in values
+    ):
+        numbers, shape, came = list(values), (len(values),), f"{len(values)} numbers"
+    else:
+        raise TypeError(f"{name}: {label} must be a tensor or {size} numbers, got {values!r}")
+    if shape != (size,):
+        raise ValueError(f"{name}: {label} must be [{size}], got {came}")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    largest = torch.finfo(wide).max
+    positive = label == "std"
+    if not all(-largest <= n <= largest and (n > 0 or not positive) for n in numbers):
+        rule = "positive and finite" if positive else "finite"
+        raise ValueError(f"{name}: {label} must be {rule}, got {numbers}")
+    if isinstance(values, Tensor):
+        return values
+    # Filled on the device: a tensor made of the numbers is a copy that the host waits for.
+    how = dict(dtype=wide, device=images.device)
+    return torch.cat([torch.full((1,), float(number), **how) for number in numbers])
 
 
 def _check_tokens(
-    images: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    pos_embed: Tensor,
-    cls_token: Tensor | None,
+    name: str, patches: int, weight: Tensor, pos_embed: Tensor, cls_token: Tensor | None
 ) -> None:
-    name = "patch_embed"
     require_tensor(name, pos_embed=pos_embed)
-    width, side = weight.shape[0], weight.shape[-1]
-    patches = (images.shape[2] // side) * (images.shape[3] // side)
-    prefix = 0
+    require_float(name, pos_embed=pos_embed)
+    width, prefix = weight.shape[0], 0
     if cls_token is not None:
+        require_tensor(name, cls_token=cls_token)
+        require_float(name, cls_token=cls_token)
         prefix = cls_token.numel() // width
         if cls_token.shape not in ((width,), (prefix, width)) or not prefix:
             raise ValueError(
@@ -229,16 +285,15 @@ def _check_tokens(
             f"{name}: pos_embed must be [{prefix} prefix + {patches} patches, {width}], "
             f"got {describe(pos_embed)}"
         )
-    require_same_device(
-        name, images=images, weight=weight, keep=keep, pos_embed=pos_embed, cls_token=cls_token
-    )
-    if keep is None:
-        return
+
+
+def _check_keep(name: str, keep: Tensor, batch: int, patches: int) -> None:
     require_tensor(name, keep=keep)
-    require_integer(name, keep=keep)
-    if keep.dim() != 2 or keep.shape[0] != images.shape[0] or not keep.shape[1]:
+    if keep.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: keep must hold int32 or int64, got {describe(keep)}")
+    if keep.dim() != 2 or keep.shape[0] != batch or not keep.shape[1]:
         raise ValueError(
-            f"{name}: keep must be [{images.shape[0]}, K] with K at least 1, got {describe(keep)}"
+            f"{name}: keep must be [{batch}, K] with K at least 1, got {describe(keep)}"
         )
     if readable(keep) and keep.numel():
         low, high = keep.aminmax()

@@ -218,8 +218,8 @@ def plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights without the prefixes of DDP, torch.compile and open_clip's CustomTextCLIP."""
     plain = {}
     for key, value in state_dict.items():
-        parts = key.split(".")
-        while parts[0] in ("module", "_orig_mod", "text"):
+        parts = str(key).split(".")
+        while len(parts) > 1 and parts[0] in ("module", "_orig_mod", "text"):
             parts = parts[1:]
         plain[".".join(parts)] = value
     return plain
@@ -228,19 +228,19 @@ def plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_weights(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights of open_clip's CLIP layout, position tables resized where sizes differ.
 
-    A fixed sin-cos table that the model computes for its own grid is kept when sizes differ.
-    Raises ValueError that names what is missing, left over, or of another shape.
+    Dimensions of size 1 may differ from the model's: tables as [1, N, D] and class tokens as
+    [1, 1, D] (timm, JAX), products as 1 x 1 convolutions, a scale as [1]. A fixed sin-cos table
+    that the model computes for its own grid is kept when sizes differ.
+
+    Raises:
+        ValueError: keys are missing or left over, or a tensor is of another shape; names them.
+        TypeError: state_dict is no mapping, or a value no tensor.
     """
+    if not isinstance(state_dict, Mapping):
+        came = type(state_dict).__name__
+        raise TypeError(f"load_weights: state_dict must map names to tensors, got {came}")
     weights = plain_keys(state_dict)
     own = model.state_dict()
-    key = "visual.positional_embedding"
-    if key in weights and weights[key].shape != own[key].shape:
-        side = model.visual.config.image_size // model.visual.config.patch_size
-        fixed = model.visual.config.positions != "learnable"
-        weights[key] = own[key] if fixed else resize_positions(weights[key], (side, side))
-    key = "positional_embedding"
-    if key in weights and weights[key].shape != own[key].shape:
-        weights[key] = resize_text_positions(weights[key], own[key].shape[0])
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(
@@ -248,10 +248,25 @@ def load_weights(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
             f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}"
         )
     for key, value in weights.items():
-        if value.numel() == own[key].numel() and key in ("logit_scale", "logit_bias"):
-            weights[key] = value.reshape(own[key].shape)  # open_clip may keep them as [1]
-        elif value.shape != own[key].shape:
-            raise ValueError(
-                f"load_weights: {key} must be {list(own[key].shape)}, got {list(value.shape)}"
-            )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"load_weights: {key} must be a tensor, got {type(value).__name__}")
+        weights[key] = _fitted(model, key, value, own[key])
     model.load_state_dict(weights)
+
+
+def _fitted(model: CLIP, key: str, value: Tensor, own: Tensor) -> Tensor:
+    """A weight in the shape of the model's own: ones dropped, a table of positions resized."""
+    if [n for n in value.shape if n != 1] == [n for n in own.shape if n != 1]:
+        return value.reshape(own.shape)
+    expected: object = list(own.shape)
+    if key in ("positional_embedding", "visual.positional_embedding"):
+        table = value[0] if value.dim() == 3 and len(value) == 1 else value
+        if table.dim() == 2 and len(table) and table.shape[1] == own.shape[1]:
+            if key == "positional_embedding":
+                return resize_text_positions(table, len(own))
+            if model.visual.config.positions != "learnable":
+                return own
+            if len(table) > 1 and math.isqrt(len(table) - 1) ** 2 == len(table) - 1:
+                return resize_positions(table, (math.isqrt(len(own) - 1),) * 2)
+            expected = f"[1 + n * n, {own.shape[1]}]"
+    raise ValueError(f"load_weights: {key} must be {expected}, got {list(value.shape)}")

@@ -62,8 +62,11 @@ class TextTransformer(nn.Module):
         """
         if isinstance(text, Tensor):
             text, rows = _uniform(text, self.config.pool)
-        else:
+        elif isinstance(text, Packed):
             rows = text.cu_seqlens[1:] - 1
+        else:
+            came = type(text).__name__
+            raise TypeError(f"TextTransformer: text must be Packed or a tensor, got {came}")
         ids, cu_seqlens, max_seqlen = text
         self._check(ids, cu_seqlens, max_seqlen)
         x = self.token_embedding(ids)
@@ -114,7 +117,12 @@ def _uniform(ids: Tensor, pool: str) -> tuple[Packed, Tensor]:
 
 
 def resize_text_positions(table: Tensor, context: int) -> Tensor:
-    """A [S, D] table at another context: linear, open_clip's resize_text_pos_embed."""
+    """A [S, D] table at another context: linear, open_clip's resize_text_pos_embed.
+
+    Raises: ValueError for a table of another shape.
+    """
+    if table.dim() != 2 or not len(table):
+        raise ValueError(f"resize_text_positions: table must be [S, D], got {list(table.shape)}")
     if table.shape[0] == context:
         return table
     rows = F.interpolate(table.float().T[None], context, mode="linear", align_corners=False)

@@ -1,5 +1,6 @@
 """Vision transformer over the kept patches of an image, with open_clip's parameter names."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,9 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """images: [B, 3, S, S] with any strides; keep: [B, K] patch numbers, None for all."""
         size = self.config.image_size
+        if not isinstance(images, Tensor):
+            came = type(images).__name__
+            raise TypeError(f"VisionTransformer: images must be a tensor, got {came}")
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
                 f"VisionTransformer: images must be [B, 3, {size}, {size}], "
@@ -143,10 +147,12 @@ def sincos_2d(width: int, grid: tuple[int, int], kind: str, prefix: int = 1) -> 
 def resize_positions(table: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     """A [prefix + n * n, D] table at another grid: bicubic, antialiased; prefix rows as they are.
 
+    Raises: ValueError for a table of another shape.
     Source: open_clip's resize_pos_embed, which CLIPA's fine-tuning uses.
     """
-    side = round((table.shape[0] - prefix) ** 0.5)
-    if side * side != table.shape[0] - prefix:
+    patches = table.shape[0] - prefix if table.dim() == 2 else 0
+    side = math.isqrt(max(patches, 0))
+    if not side or side * side != patches:
         raise ValueError(
             f"resize_positions: table must be [{prefix} + n * n, D], got {list(table.shape)}"
         )

@@ -1,8 +1,11 @@
 """Token choice: the generator's known answers, what each mask keeps, and that ranks agree."""
 
+import itertools
+import operator
 import random
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -225,6 +228,53 @@ def test_block_patches_lie_everywhere_equally_often():
     assert (counts > 0).nonzero().tolist() == [[y, x] for y in range(4) for x in range(2)]
     # 7 degrees of freedom: mean 7, standard deviation 3.7.
     assert chi_square(counts[counts > 0]) < 25
+
+
+def test_block_shapes_are_found_without_trying_all():
+    def by_trying(rows, columns, target):
+        limit = max(2, rows / columns, columns / rows)
+        shapes = itertools.product(range(1, rows + 1), range(1, columns + 1))
+        shapes = [s for s in shapes if max(s) <= limit * min(s)]
+        return min(shapes, key=lambda s: (abs(s[0] * s[1] - target), max(s) / min(s), s[0]))
+
+    for rows, columns in [*itertools.product(range(1, 8), repeat=2), (3, 37), (24, 24)]:
+        for target in range(1, rows * columns + 1):
+            shape = masking._block_shape(rows, columns, target)
+            assert shape == by_trying(rows, columns, target), (rows, columns, target)
+    keep = block_patches(1, (2**15 - 1, 2**15 - 1), 0.9999999, **KEY)  # 10**9 shapes in all
+    assert keep.shape[1] == 108  # 107 is prime
+
+
+@image_masks
+def test_numpys_integers_give_the_same_masks(mask):
+    """They wrap, or overflow, where they are added: none may reach the arithmetic."""
+    key = dict(seed=2**63 + 5, step=2**31, first_sample=100)
+    kinds = dict(seed=np.uint64, step=np.uint32, first_sample=np.int8)
+    numpys = {name: kinds[name](value) for name, value in key.items()}
+    assert torch.equal(mask(np.int16(5), **numpys), mask(5, **key))
+    side = np.int8(100)
+    few = random_patches(1, (side, side), 0.99, seed=np.int32(1), step=np.int8(1))
+    assert torch.equal(few, random_patches(1, (100, 100), 0.99, seed=1, step=1))
+
+
+@image_masks
+def test_a_compiled_step_is_never_a_number_in_the_arithmetic(mask):
+    """Inductor writes 64-bit arithmetic on a number that changes as floats: words would differ."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda step: mask(3, seed=7, step=step), backend=backend, dynamic=True, fullgraph=True
+    )
+    for step in (3, 5, 2**32 - 1):
+        assert torch.equal(compiled(step), mask(3, seed=7, step=step))
+    assert len(graphs) == 1
+    arithmetic = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    kinds = {type(node.meta["example_value"]) for node in arithmetic if node.target is operator.mul}
+    assert kinds and all(issubclass(kind, torch.Tensor) for kind in kinds)
 
 
 def test_all_patches():
@@ -475,6 +525,14 @@ def image_calls(**change):
         ({"step": 1.5}, TypeError, "step must be an integer, got 1.5"),
         ({"first_sample": -1}, ValueError, r"first_sample must be in \[0, .*\), got -1"),
         ({"first_sample": 2**48 - 1}, ValueError, "first_sample must be in .*, got 28147497671065"),
+        ({"drop": False}, TypeError, "drop must be a number, got False"),
+        ({"batch": True}, TypeError, "batch must be an integer, got True"),
+        ({"grid": (True, 4)}, TypeError, "grid_rows must be an integer, got True"),
+        ({"seed": True}, TypeError, "seed must be an integer, got True"),
+        ({"step": torch.tensor(1)}, TypeError, r"step must be an integer, got tensor\(1\)"),
+        ({"device": "nope"}, ValueError, "device must be one of torch's, got 'nope'"),
+        ({"device": 1.5}, TypeError, "device must be one of torch's, got 1.5"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of .*, got 'cuda'"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
@@ -489,8 +547,14 @@ def test_other_image_functions_refuse():
         ValueError, match="grid_patches: corner must be random or top_left, got 'b'"
     ):
         grid_patches(1, (4, 4), corner="b", **KEY)
+    with pytest.raises(ValueError, match="grid_patches: impl must be one of"):
+        grid_patches(1, (4, 4), corner="top_left", impl="cuda", **KEY)
     with pytest.raises(ValueError, match="all_patches: batch must be in .*, got -3"):
         all_patches(-3, (4, 4))
+    with pytest.raises(TypeError, match="all_patches: batch must be an integer, got True"):
+        all_patches(True, (4, 4))
+    with pytest.raises(ValueError, match="all_patches: device must be one of torch's, got 'nope'"):
+        all_patches(1, (4, 4), device="nope")
     with pytest.raises(ValueError, match="keep_count: num_patches must be in .*, got 0"):
         keep_count(0, 0.5)
     with pytest.raises(ValueError, match=r"keep_count: drop must be in \[0, 1\), got 1"):
@@ -519,7 +583,7 @@ def test_other_image_functions_refuse():
 def test_philox_refuses(change, error, sentence):
     given = {"seed": 0, "step": 0, "samples": torch.arange(2), "count": 4, "stream": 0} | change
     for function in (philox_bits, philox_uniform):
-        with pytest.raises(error, match=f"^philox_bits: {sentence}"):
+        with pytest.raises(error, match=f"^{function.__name__}: {sentence}"):
             function(**given)
 
 
@@ -533,8 +597,20 @@ def test_philox_refuses(change, error, sentence):
         (torch.tensor([3]), 0, ValueError, r"context must be in \[1, .*\), got 0"),
         (torch.tensor([3]), -1, ValueError, r"context must be in \[1, .*\), got -1"),
         (torch.tensor([3]), 2.0, TypeError, "context must be an integer, got 2.0"),
+        (torch.tensor([3]), True, TypeError, "context must be an integer, got True"),
+        (torch.tensor([2**40]), 2, ValueError, "length must be in .*, got 1099511627776"),
     ],
-    ids=["list", "float", "matrix", "negative", "context-0", "context-negative", "context-float"],
+    ids=[
+        "list",
+        "float",
+        "matrix",
+        "negative",
+        "context-0",
+        "context-negative",
+        "context-float",
+        "context-bool",
+        "huge",
+    ],
 )
 def test_text_masks_refuse(lengths, context, error, sentence):
     priority = torch.ones(9, dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,59 @@ def test_stage_switch_loads_smaller_and_fixed_tables():
     assert torch.equal(fixed.visual.positional_embedding, sincos_2d(32, (4, 4), "mae"))
 
 
+def test_dimensions_of_one_are_taken_and_left_out():
+    """Tables as [1, N, D], class tokens as [1, 1, D], products as 1 x 1 convolutions."""
+    small, own = tiny(logit_bias=-10.0), tiny(logit_bias=-10.0).state_dict()
+    other = {key: torch.randn_like(value) for key, value in own.items()}
+    kept = dict(other)
+    for key in ("positional_embedding", "visual.positional_embedding", "logit_scale"):
+        kept[key] = other[key][None]
+    for key in ("visual.class_embedding", "logit_bias"):
+        kept[key] = other[key][None, None]
+    for key in ("visual.transformer.resblocks.0.mlp.c_fc.weight", "ln_final.bias"):
+        kept[key] = other[key][..., None, None]
+    load_weights(small, kept)
+    assert all(torch.equal(value, other[key]) for key, value in small.state_dict().items())
+    large = tiny(vision=dict(image_size=32), text=dict(context=20), logit_bias=-10.0)
+    load_weights(large, kept)
+    expected = resize_positions(other["visual.positional_embedding"], (4, 4))
+    assert torch.equal(large.visual.positional_embedding.detach(), expected)
+    expected = resize_text_positions(other["positional_embedding"], 20)
+    assert torch.equal(large.positional_embedding.detach(), expected)
+    fixed = tiny(vision=dict(positions="sincos-mae", image_size=32), logit_bias=-10.0)
+    load_weights(fixed, kept)
+    assert torch.equal(fixed.visual.positional_embedding, sincos_2d(32, (4, 4), "mae"))
+
+
+VISION = "visual.positional_embedding"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "expected"),
+    [
+        (VISION, (2, 5, 32), "[5, 32]"),
+        (VISION, (4, 32), "[1 + n * n, 32]"),
+        (VISION, (2, 1, 32), "[5, 32]"),
+        (VISION, (1, 2, 2, 32), "[5, 32]"),
+        (VISION, (5, 16), "[5, 32]"),
+        (VISION, (0, 32), "[5, 32]"),
+        (VISION, (), "[5, 32]"),
+        ("positional_embedding", (2, 12, 32), "[12, 32]"),
+        ("positional_embedding", (32,), "[12, 32]"),
+        ("positional_embedding", (13, 31), "[12, 32]"),
+        ("visual.class_embedding", (2, 16), "[32]"),
+        ("visual.conv1.weight", (32, 192), "[32, 3, 8, 8]"),
+        ("logit_scale", (2,), "[]"),
+    ],
+    ids=str,
+)
+def test_other_shapes_are_named(key, shape, expected):
+    model = tiny()
+    words = f"load_weights: {key} must be {expected}, got {list(shape)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        load_weights(model, model.state_dict() | {key: torch.zeros(shape)})
+
+
 def test_prefixes_of_wrappers_are_dropped():
     weights = {
         "module._orig_mod.text.ln_final.bias": torch.ones(1),
@@ -333,6 +387,18 @@ BAD = {
         ValueError,
         "unexpected .*'visual.transformer.resblocks.1",
     ),
+    "image list": (lambda m: m.encode_image([1.0]), TypeError, "images must be a tensor, got list"),
+    "text list": (lambda m: m.encode_text([[1, 2]]), TypeError, "Packed or a tensor, got list"),
+    "keys": (lambda m: load_weights(m, {1: 2, "module": 3}), ValueError, "unexpected .*'module'"),
+    "no mapping": (lambda m: load_weights(m, [1]), TypeError, "map names to tensors, got list"),
+    "no tensor": (
+        lambda m: load_weights(m, m.state_dict() | {"logit_scale": 2.6}),
+        TypeError,
+        "logit_scale must be a tensor, got float",
+    ),
+    "no rows": (lambda m: resize_positions(torch.zeros(0, 4), (2, 2)), ValueError, r"n \* n"),
+    "tables": (lambda m: resize_positions(torch.zeros(1, 5, 4), (2, 2)), ValueError, r"n \* n"),
+    "text table": (lambda m: resize_text_positions(torch.zeros(4), 2), ValueError, r"\[S, D\]"),
     "table": (lambda m: resize_positions(torch.zeros(6, 4), (2, 2)), ValueError, r"n \* n"),
 }
 

@@ -1,5 +1,6 @@
 """patch_embed: value and gradients, layouts, uint8 exactness, only kept patches read, errors."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,10 +121,21 @@ def test_opcheck(raw, kept):
     torch.library.opcheck(torch.ops.clipa.patch_embed, args)
 
 
-def test_compiles_in_one_graph():
-    t = inputs()
-    f = torch.compile(tokens(patch_embed, mean=MEAN, std=STD), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(f(**t), patch_embed(**t, mean=MEAN, std=STD).tokens)
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_compiles_in_one_graph(kind):
+    t, norm = inputs(), dict(mean=kind(MEAN.tolist()), std=kind(STD.tolist()))
+    f = torch.compile(tokens(patch_embed, **norm), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(f(**t), patch_embed(**t, **norm).tokens)
+
+
+@pytest.mark.parametrize("function", [patch_embed, patch_embed_reference])
+def test_mean_and_std_come_as_numbers_too(function):
+    expected = function(**inputs(), mean=MEAN, std=STD).tokens
+    for kind in (list, tuple, lambda numbers: [np.float32(number) for number in numbers]):
+        norm = dict(mean=kind(MEAN.tolist()), std=kind(STD.tolist()))
+        assert torch.equal(function(**inputs(), **norm).tokens, expected)
+    ours = function(**inputs(), mean=(0, 0, 0), std=(1, 1, 1)).tokens
+    assert torch.equal(ours, function(**inputs(), mean=torch.zeros(3), std=torch.ones(3)).tokens)
 
 
 BAD = {
@@ -135,7 +147,7 @@ BAD = {
     "bias": (dict(bias=torch.zeros(3)), ValueError, r"bias must be \[24\], got 3 float32"),
     "half a norm": (dict(mean=MEAN), ValueError, "must come together"),
     "mean": (dict(mean=MEAN[:2], std=STD), ValueError, r"mean must be \[3\], got 2"),
-    "zero std": (dict(mean=MEAN, std=torch.zeros(3)), ValueError, "std must not be zero"),
+    "zero std": (dict(mean=MEAN, std=torch.zeros(3)), ValueError, "std must be positive"),
     "positions": (dict(pos_embed=torch.zeros(9, 24)), ValueError, "1 prefix \\+ 9 patches, 24"),
     "cls": (dict(cls_token=torch.zeros(5)), ValueError, r"cls_token must be \[24\] or \[R, 24\]"),
     "too high": (dict(keep=torch.tensor([[0], [9]])), ValueError, "from 0 to 8, got 0 to 9"),
@@ -145,10 +157,37 @@ BAD = {
     "float keep": (dict(keep=torch.zeros(2, 1)), TypeError, "keep must hold int32 or int64"),
     "device": (dict(pos_embed=torch.zeros(10, 24, device="meta")), ValueError, "one device"),
     "impl": (dict(impl="conv"), ValueError, "impl must be one of"),
+    "short keep": (
+        dict(keep=torch.zeros(2, 1).short()),
+        TypeError,
+        "int32 or int64, got 2x1 int16",
+    ),
+    "two numbers": (dict(mean=(0, 0), std=(1, 1, 1)), ValueError, r"mean .* \[3\], got 2 numbers"),
+    "bool numbers": (dict(mean=MEAN, std=(True,) * 3), TypeError, "std must be a tensor or 3 num"),
+    "text": (dict(mean="0.5", std=STD), TypeError, "mean must be a tensor or 3 numbers, got '0.5'"),
+    "infinite": (dict(mean=(0, 0, 1e39), std=STD), ValueError, "mean must be finite, got"),
 }
+for name, value in {"nan": float("nan"), "below": -0.5, "huge": float("inf")}.items():
+    words = "std must be positive and finite"
+    BAD[f"{name} std"] = (dict(mean=MEAN, std=torch.full((3,), value)), ValueError, words)
+    BAD[f"{name} std as numbers"] = (dict(mean=MEAN, std=(1, 1, value)), ValueError, words)
+for name in ("bias", "mean", "std", "pos_embed", "cls_token", "keep", "weight", "images"):
+    both = {"mean": dict(std=STD), "std": dict(mean=MEAN)}.get(name, {})
+    shape = inputs()[name].shape if name in inputs() else (3,)
+    for label, value in {
+        "list": [["x"]],
+        "complex": torch.zeros(shape, dtype=torch.complex64),
+        "bool": torch.zeros(shape, dtype=torch.bool),
+        "int16": torch.zeros(shape, dtype=torch.int16),
+        "sparse": torch.zeros(shape, dtype=torch.int64 if name == "keep" else None).to_sparse(),
+    }.items():
+        BAD[f"{name} {label}"] = (both | {name: value}, TypeError, f"{name} must (be|hold) ")
 
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_named(change, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^patch_embed: .*{words}"):
         patch_embed(**(inputs() | change))
+    if "impl" not in change:
+        with pytest.raises(error, match=f"^patch_embed_reference: .*{words}"):
+            patch_embed_reference(**(inputs() | change))

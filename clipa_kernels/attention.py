@@ -19,6 +19,7 @@ from ._check import (
     require_same_dtype,
     require_tensor,
 )
+from ._derivatives import refuse_tangents
 from .packing import check_packed
 
 _IMPLS = ("triton", "torch", "sdpa", "reference", *_attention_rivals.PACKAGES)
@@ -100,6 +101,7 @@ def varlen_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     impl = _choose(name, impl, q, cu_seqlens.shape[0] - 1, max_seqlen)
     if impl == "torch":
+        refuse_tangents(name, q, k, v)
         qkv = torch.stack((q, k, v), 1)
         return _attention_ops.attention_packed(qkv, cu_seqlens, max_seqlen, causal, scale)
     return _separate(impl, q, k, v, cu_seqlens, max_seqlen, causal, scale)
@@ -134,6 +136,7 @@ def varlen_attention_qkvpacked(
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     impl = _choose(name, impl, qkv, cu_seqlens.shape[0] - 1, max_seqlen)
     if impl in ("torch", "triton"):
+        refuse_tangents(name, qkv)
         how = max_seqlen, causal, scale, impl == "triton"
         return _attention_ops.attention_packed(qkv, cu_seqlens, *how)
     return _separate(impl, *qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
@@ -157,9 +160,13 @@ def _separate(
             return _separate(impl, *args, causal, scale)
     if impl == "reference":
         return varlen_attention_reference(*args, causal=causal, scale=scale)
+    if impl == "sdpa":
+        return _attention_rivals.sdpa(*args, causal, scale)
+    refuse_tangents("varlen_attention", q, k, v)
     if impl == "triton":
         return _attention_ops.attention(*args, causal, scale)
-    return getattr(_attention_rivals, impl)(*args, causal, scale)
+    q, k, v = _attention_rivals.differentiated_once(q, k, v)
+    return getattr(_attention_rivals, impl)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
 def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str:

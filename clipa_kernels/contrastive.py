@@ -26,6 +26,7 @@ from ._check import (
     require_same_dtype,
     require_tensor,
 )
+from ._derivatives import refuse_tangents
 from ._distributed import (
     default_group,
     gather_rows,
@@ -127,6 +128,7 @@ def contrastive_loss(
     if impl == "reference":
         loss = contrastive_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(_strips.compute_dtype(image))
+    refuse_tangents(name, image, text, logit_scale)
     scale, kernels = _scalar(logit_scale, image), impl == "triton"
     if group is not None:
         loss = group_contrastive(image, text, scale, group, kernels)
@@ -166,6 +168,7 @@ def sigmoid_loss(
     if impl == "reference":
         loss = sigmoid_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(_strips.compute_dtype(image))
+    refuse_tangents(name, image, text, logit_scale, logit_bias)
     scale = _scalar(logit_scale, image)
     bias = torch.zeros_like(scale) if logit_bias is None else _scalar(logit_bias, image)
     kernels = impl == "triton"

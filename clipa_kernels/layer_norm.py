@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import choose_impl, describe, require_float, require_same_device, require_tensor
+from ._derivatives import once_operator, refuse_tangents
 
 
 def add_layer_norm_reference(
@@ -51,7 +52,7 @@ def add_layer_norm(
     Raises:
         ValueError: shapes or devices that disagree, eps below 0, an unknown impl.
         TypeError: a tensor that is not floating point, or "triton" with one of 64 bits.
-        RuntimeError: "triton" where it cannot run.
+        RuntimeError: "triton" where it cannot run, or differentiated twice or in forward mode.
     Source: torch.nn.functional.layer_norm.
     """
     _check_arguments(x, residual, weight, bias, eps)
@@ -61,6 +62,7 @@ def add_layer_norm(
     if impl == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     if impl == "triton":
+        refuse_tangents("add_layer_norm", x, residual, weight, bias)
         y, total = torch.ops.clipa.add_layer_norm(x, residual, weight, bias, eps)
         return y, x if residual is None else total
     total = x if residual is None else (x + residual).to(residual.dtype)
@@ -150,6 +152,7 @@ def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+once_operator(_backward, "add_layer_norm")
 
 
 def _check_arguments(

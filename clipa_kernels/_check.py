@@ -1,7 +1,7 @@
 """Argument checks that ops share: "<function>: <what must hold>, got <what came>"."""
 
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -52,6 +52,53 @@ def require_int(function: str, low: int, high: int, **values: object) -> None:
             raise TypeError(f"{function}: {name} must be an integer, got {value!r}")
         if not low <= value < high:
             raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
+
+
+def as_int(function: str, low: int, high: int, **named: object) -> int:
+    """The one named value as an int: an integer, NumPy's too, or a tensor with one integer, which
+    waits for its device. TypeError for others, ValueError unless in [low, high)."""
+    ((name, value),) = named.items()
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1 and _whole(value.dtype):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        came = describe(value) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{function}: {name} must be an integer, got {came}")
+    if not low <= value < high:
+        raise ValueError(f"{function}: {name} must be in [{low}, {high}), got {value}")
+    return int(value)
+
+
+def as_float(function: str, **named: object) -> float:
+    """The one named value as a float: a finite number, NumPy's too, or a tensor with one, which
+    waits for its device and must need no gradient. TypeError, ValueError for others."""
+    ((name, value),) = named.items()
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        if value.requires_grad:
+            came = f"{describe(value)} that requires grad, which would get none"
+            raise TypeError(f"{function}: {name} must be a number, got {came}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, float | Real | torch.SymFloat):
+        came = describe(value) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{function}: {name} must be a number, got {came}")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
+    return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def as_flag(function: str, **named: object) -> bool:
+    """The one named value as a bool: True or False, NumPy's, or 1 or 0; TypeError for others."""
+    ((name, value),) = named.items()
+    known = isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")
+    if not isinstance(value, torch.SymBool) and not (known and value in (False, True)):
+        came = describe(value) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{function}: {name} must be True or False, got {came}")
+    return bool(value)
+
+
+def _whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def require_vectors(function: str, **tensors: Tensor) -> None:

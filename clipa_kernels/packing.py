@@ -8,13 +8,12 @@ token-wise layer (products, norms, GELU) works on sum(lengths) rows instead of B
 
 from collections.abc import Sequence
 from itertools import accumulate
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._check import describe, readable, require_tensor
+from ._check import as_int, describe, readable, require_tensor
 
 
 class Packed(NamedTuple):
@@ -76,7 +75,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     unpack(pack(x, lengths)) equals x where x is not padding. No host-device copy.
     """
     tokens, cu_seqlens, max_seqlen = packed
-    check_packed("unpack", tokens, cu_seqlens, max_seqlen)
+    max_seqlen = check_packed("unpack", tokens, cu_seqlens, max_seqlen)
     if tokens.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen:
         return tokens.view(cu_seqlens.shape[0] - 1, max_seqlen, *tokens.shape[1:])
     index, valid = padded_index(cu_seqlens, max_seqlen)
@@ -94,8 +93,11 @@ def padded_index(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     return start + offset, offset < cu_seqlens.diff().unsqueeze(1)
 
 
-def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
-    """Raise unless cu_seqlens and max_seqlen describe tokens; values are read on the host only."""
+def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
+    """max_seqlen as an int; raise unless it and cu_seqlens describe tokens.
+
+    Values of cu_seqlens are read on the host only.
+    """
     require_tensor(function, tokens=tokens, cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise TypeError(f"{function}: cu_seqlens must be int32 [B + 1], got {describe(cu_seqlens)}")
@@ -103,12 +105,9 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
         raise ValueError(
             f"{function}: cu_seqlens must be on {tokens.device}, got {describe(cu_seqlens)}"
         )
-    if not isinstance(max_seqlen, Integral | torch.SymInt):
-        raise TypeError(f"{function}: max_seqlen must be an integer, got {max_seqlen!r}")
-    if max_seqlen < 0:
-        raise ValueError(f"{function}: max_seqlen must be at least 0, got {max_seqlen}")
+    max_seqlen = as_int(function, 0, 2**31, max_seqlen=max_seqlen)
     if not readable(cu_seqlens):
-        return
+        return max_seqlen
     lengths = cu_seqlens.diff()
     if lengths.numel() and lengths.min() < 0:
         raise ValueError(f"{function}: cu_seqlens must not fall, got a step of {lengths.min()}")
@@ -122,3 +121,4 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
             f"{function}: max_seqlen must be at least the longest sequence, {lengths.max()}, "
             f"got {max_seqlen}"
         )
+    return max_seqlen

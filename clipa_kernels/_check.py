@@ -25,16 +25,18 @@ def readable(tensor: Tensor) -> bool:
 
 
 def require_tensor(function: str, **tensors: object) -> None:
-    """TypeError unless every named argument is a tensor."""
+    """TypeError unless every named argument is a tensor, neither sparse nor nested."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{function}: {name} must be dense, got {value.layout}")
 
 
 def require_float(function: str, **tensors: Tensor) -> None:
-    """TypeError unless every named tensor is floating point."""
+    """TypeError unless every named tensor is floating point, of 16 bits or more."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
 
 
@@ -134,11 +136,11 @@ def choose_impl(
     "auto" is "triton" on a CUDA device, where the function has kernels and they take the dtype,
     else "torch". An explicit "triton" that cannot run here raises RuntimeError.
     """
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         kernels = "triton" in implementations and like is not None and like.is_cuda
         kernels = kernels and _TRITON and torch.version.hip is None
         return "triton" if kernels and like.dtype in _KERNEL_DTYPES else "torch"
-    if impl not in implementations:
+    if not isinstance(impl, str) or impl not in implementations:
         known = ", ".join(("auto", *implementations))
         raise ValueError(f"{function}: impl must be one of {known}, got {impl!r}")
     if impl == "triton" and not torch.compiler.is_compiling():

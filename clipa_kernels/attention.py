@@ -185,7 +185,7 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     4x to 6x slower in bf16, whose matrix units it does not use.
     """
     fits = x.shape[-1] <= _WIDEST and max_seqlen <= _LONGEST
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         if fits and choose_impl(name, impl, _IMPLS, x) == "triton":
             return "triton"
         if x.device.type != "cpu":

@@ -61,7 +61,7 @@ def bias_gelu(
                 f"{name}: bias must be [D] for x [..., D], got {describe(bias)} for {describe(x)}"
             )
         require_same_device(name, x=x, bias=bias)
-    if approximate not in _FORMS:
+    if not isinstance(approximate, str) or approximate not in _FORMS:
         raise ValueError(f"{name}: approximate must be one of {_FORMS}, got {approximate!r}")
     widest = bias if bias is not None and bias.dtype.itemsize > x.dtype.itemsize else x
     impl = choose_impl(name, impl, ("triton", "torch", "reference"), widest)

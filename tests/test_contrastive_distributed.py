@@ -179,6 +179,21 @@ def check_modules(rank, size, rows):
             close(*mean_of, f"{what} {name}")
 
 
+def check_subclass(rank, size, rows):
+    """The loss in full, one process's texts after the other's, is that of the tiles."""
+
+    class Same(SigLipLoss):
+        def get_logits(self, *args, **kwargs):
+            return super().get_logits(*args, **kwargs)
+
+    inputs = own_leaves(batch(rows * size), rank, rows)
+    how = dict(rank=rank, world_size=size)
+    for mine, true in zip(
+        graded(Same(**how), inputs), graded(SigLipLoss(**how), inputs), strict=True
+    ):
+        close(mine, true, f"subclass rank {rank} of {size}")
+
+
 def expect(error, says, function, *inputs, **how):
     with pytest.raises(error, match=says):
         function(*inputs, **how)
@@ -227,6 +242,7 @@ def work(rank, size, store):
     check_options(dist.group.WORLD, 4)
     check_modules(rank, size, 6)
     check_errors(rank, size, 3)
+    check_subclass(rank, size, 4)
     check_second_derivative(rank, size, 4)
     check_wire(rank, size, 20)
     if size == 4:

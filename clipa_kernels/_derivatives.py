@@ -1,5 +1,9 @@
 """The derivatives that fast operations lack: of second order, and in forward mode. Torch drops them
-without a word where a saved gradient has no history or an operator no rule; here they raise."""
+without a word where a saved gradient has no history or an operator no rule; here they raise.
+
+A compiled function with ahead-of-time autograd has no second derivative, whatever it holds: to say
+so is torch's part (its backward keeps the history of its inputs alone, and misses some in 2.14).
+"""
 
 from collections.abc import Callable
 from functools import wraps

@@ -20,13 +20,12 @@ from .attention_interfaces import (
     varlen_attention_forward,
 )
 from .contrastive import (
-    ClipLoss,
-    SigLipLoss,
     contrastive_loss,
     contrastive_loss_reference,
     sigmoid_loss,
     sigmoid_loss_reference,
 )
+from .contrastive_modules import ClipLoss, SigLipLoss
 from .gelu import bias_gelu, bias_gelu_reference
 from .layer_norm import add_layer_norm, add_layer_norm_reference
 from .masking import (

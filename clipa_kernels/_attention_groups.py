@@ -107,13 +107,28 @@ def _store(out: Tensor, group: _Group, part: Tensor) -> None:
     out.view(out.shape[0], -1).index_copy_(0, rows, part)
 
 
-def _probabilities(q: Tensor, k: Tensor, group: _Group, scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias): [b * H, size, size] in q's dtype."""
+def _scores(q: Tensor, k: Tensor, group: _Group, scale: float) -> Tensor:
+    """scale * q k^T + bias: [b * H, size, size] in q's dtype."""
     if group.bias is None:
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    else:
-        scores = torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1)
+        return torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    return torch.baddbmm(group.bias, q, k.transpose(1, 2), alpha=scale)
+
+
+def _probabilities(q: Tensor, k: Tensor, group: _Group, scale: float) -> Tensor:
+    return torch.softmax(_scores(q, k, group, scale), -1)
+
+
+def log_sum_exp(
+    qk: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> Tensor:
+    """Of each query's scores, [H, T] in fp32 (fp64) of qk [T, 2, H, D]."""
+    qk = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    heads = qk.shape[2]
+    lse = qk.new_empty(qk.shape[0], heads)
+    for group in _groups(qk, cu_seqlens, max_seqlen, causal):
+        rows = _scores(*_heads_first(qk, group), group, scale).logsumexp(-1)
+        _store(lse, group, rows.view(-1, heads, group.size).transpose(1, 2))
+    return lse.t()
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_groups
+from ._derivatives import once_operator
 
 
 @torch.library.custom_op("clipa::varlen_attention_qkvpacked", mutates_args=())
@@ -71,6 +72,7 @@ def _packed_gradient(ctx, dout: Tensor):
 
 
 attention_packed.register_autograd(_packed_gradient, setup_context=_save_packed)
+once_operator(attention_packed_backward, "varlen_attention")
 
 
 @torch.library.custom_op("clipa::varlen_attention", mutates_args=())
@@ -123,3 +125,4 @@ def _gradient(ctx, dout: Tensor):
 
 
 attention.register_autograd(_gradient, setup_context=_save)
+once_operator(attention_backward, "varlen_attention")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._derivatives import once
 from .packing import padded_index
 
 PACKAGES = {"varlen_attn": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
@@ -22,6 +23,30 @@ def require_rival(function: str, impl: str, like: Tensor) -> None:
         raise RuntimeError(
             f'{function}: impl "{impl}" needs a CUDA tensor, got one on {like.device}'
         )
+
+
+def differentiated_once(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs for a package of PACKAGES, some of which drop second derivatives: here all raise.
+
+    Compiled, torch's ahead-of-time autograd refuses them itself.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return inputs
+    return _Once.apply(*inputs)[:-1]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        zero = inputs[0].new_zeros(())
+        ctx.save_for_backward(zero)
+        return *(x.view_as(x) for x in inputs), zero
+
+    @staticmethod
+    @once("varlen_attention")
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
 
 
 def sdpa(

@@ -1,7 +1,7 @@
 """Argument checks that ops share: "<function>: <what must hold>, got <what came>"."""
 
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -27,17 +27,16 @@ def readable(tensor: Tensor) -> bool:
 
 
 def require_tensor(function: str, **tensors: object) -> None:
-    """TypeError unless every named argument is a dense tensor."""
+    """TypeError unless every named argument is a tensor, neither sparse nor nested."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
         if value.layout is not torch.strided:
-            came = str(value.layout).removeprefix("torch.")
-            raise TypeError(f"{function}: {name} must be a dense tensor, got layout {came}")
+            raise TypeError(f"{function}: {name} must be dense, got {value.layout}")
 
 
 def require_float(function: str, **tensors: Tensor) -> None:
-    """TypeError unless every named tensor is floating point, of 16 bits at least."""
+    """TypeError unless every named tensor is floating point, of 16 bits or more."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
@@ -74,6 +73,48 @@ def require_device(function: str, device: object) -> torch.device | None:
         raise error(f"{function}: device must be one of torch's, got {device!r}") from None
 
 
+def as_int(function: str, low: int, high: int, **named: object) -> int:
+    """The one named value as an int: an integer, NumPy's too, or a tensor with one integer, which
+    waits for its device. TypeError for others, ValueError unless in [low, high)."""
+    ((name, value),) = named.items()
+    if isinstance(value, Tensor) and value.numel() == 1 and _whole(value.dtype):
+        named = {name: int(value)}
+    elif isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be an integer, got {describe(value)}")
+    return require_int(function, low, high, **named)[0]
+
+
+def as_float(function: str, **named: object) -> float:
+    """The one named value as a float: a finite number, NumPy's too, or a tensor with one, which
+    waits for its device and must need no gradient. TypeError, ValueError for others."""
+    ((name, value),) = named.items()
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        if value.requires_grad:
+            came = f"{describe(value)} that requires grad, which would get none"
+            raise TypeError(f"{function}: {name} must be a number, got {came}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (float, Real, torch.SymFloat)):
+        came = describe(value) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{function}: {name} must be a number, got {came}")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
+    return value if isinstance(value, torch.SymFloat) else float(value)
+
+
+def as_flag(function: str, **named: object) -> bool:
+    """The one named value as a bool: True or False, NumPy's, or 1 or 0; TypeError for others."""
+    ((name, value),) = named.items()
+    known = isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")
+    if not isinstance(value, torch.SymBool) and not (known and value in (False, True)):
+        came = describe(value) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{function}: {name} must be True or False, got {came}")
+    return bool(value)
+
+
+def _whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def require_vectors(function: str, **tensors: Tensor) -> None:
     """TypeError unless all are tensors of integers, ValueError unless one-dimensional."""
     require_tensor(function, **tensors)
@@ -107,11 +148,11 @@ def choose_impl(
     "auto" is "triton" on a CUDA device, where the function has kernels and they take the dtype,
     else "torch". An explicit "triton" that cannot run here raises RuntimeError.
     """
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         kernels = "triton" in implementations and like is not None and like.is_cuda
         kernels = kernels and _TRITON and torch.version.hip is None
         return "triton" if kernels and like.dtype in _KERNEL_DTYPES else "torch"
-    if impl not in implementations:
+    if not isinstance(impl, str) or impl not in implementations:
         known = ", ".join(("auto", *implementations))
         raise ValueError(f"{function}: impl must be one of {known}, got {impl!r}")
     if impl == "triton" and not torch.compiler.is_compiling():

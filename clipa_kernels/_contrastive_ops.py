@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _strips
+from ._derivatives import once_operator, refuse_second
 
 
 def _forward(kernels: bool) -> ModuleType:
@@ -76,6 +77,9 @@ def contrastive_grads(
 @contrastive_grads.register_fake
 def _(image, text, scale, rows, cols, slope, d_loss, first, begin, end, wanted, wide, kernels):
     return _like((image, text, scale), wanted, wide)
+
+
+once_operator(contrastive_grads, "contrastive_loss")
 
 
 @torch.library.custom_op("clipa::contrastive_loss", mutates_args=())
@@ -171,15 +175,22 @@ def _save_grads(ctx, inputs, output):
     ctx.dtypes = [value.dtype for value in inputs[: len(output) - 1]]
 
 
-def _times_d_loss(ctx, d_loss, *_grads):
-    if d_loss is None:
-        return (None,) * ctx.inputs
-    grads = [
-        (grad * d_loss).to(dtype) if want else None
-        for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
-    ]
-    return *grads, *(None,) * (ctx.inputs - len(grads))
+def _times_d_loss(function: str):
+    def backward(ctx, d_loss, *again):
+        refuse_second(function, *again)
+        if d_loss is None:
+            return (None,) * ctx.inputs
+        grads = [
+            (grad * d_loss).to(dtype) if want else None
+            for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+        ]
+        return *grads, *(None,) * (ctx.inputs - len(grads))
+
+    return backward
 
 
-contrastive_loss_one_tile.register_autograd(_times_d_loss, setup_context=_save_grads)
-sigmoid_loss.register_autograd(_times_d_loss, setup_context=_save_grads)
+for _operator, _function in (
+    (contrastive_loss_one_tile, "contrastive_loss"),
+    (sigmoid_loss, "sigmoid_loss"),
+):
+    _operator.register_autograd(_times_d_loss(_function), setup_context=_save_grads)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _contrastive_ops, _strips
+from ._derivatives import once
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,14 +105,14 @@ def group_contrastive(
     image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup, kernels: bool
 ) -> Tensor:
     """The contrastive loss of this process's pairs against all."""
-    return _GroupContrastive.apply(image, text, scale, group, kernels)
+    return _GroupContrastive.apply(image, text, scale, group, kernels)[0]
 
 
 def group_sigmoid(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, group: ProcessGroup, kernels: bool
 ) -> Tensor:
     """The sigmoid loss of this process's images against all texts."""
-    return _GroupSigmoid.apply(image, text, scale, bias, group, kernels)
+    return _GroupSigmoid.apply(image, text, scale, bias, group, kernels)[0]
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -133,7 +134,20 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _ReduceScatter(grad, ctx.group).wait(), None
+        return _SumRows.apply(grad, ctx.group), None
+
+
+class _SumRows(torch.autograd.Function):
+    """_GatherRows' transpose, and the other way round: both differentiate any number of times."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _ReduceScatter(grad, group).wait()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _GatherRows.apply(grad, ctx.group), None
 
 
 class _Chunk(NamedTuple):
@@ -174,7 +188,7 @@ class _GroupContrastive(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup, kernels: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         size, m = dist.get_world_size(group), image.shape[0]
         chunks = _gather_chunks(text, group)
         rows = scale.new_empty(3, m)
@@ -188,14 +202,17 @@ class _GroupContrastive(torch.autograd.Function):
             rows[2, own] = mine[2, own]
             cols[:, :, own] = theirs.view(2, size, -1)
         own_cols = _merge_columns(cols.flatten(1), group)
-        ctx.save_for_backward(image, scale, rows, own_cols, *(chunk.text for chunk in chunks))
+        texts, zero = [chunk.text for chunk in chunks], scale.new_zeros(())
+        ctx.save_for_backward(image, scale, rows, own_cols, *texts, zero)
         ctx.pairs, ctx.group, ctx.kernels = [chunk.pairs for chunk in chunks], group, kernels
-        return _strips.softmax_loss(rows, own_cols)
+        ctx.set_materialize_grads(False)
+        return _strips.softmax_loss(rows, own_cols), zero
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        image, scale, rows, own_cols, *texts = ctx.saved_tensors
+    @once("contrastive_loss")
+    def backward(ctx, d_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        image, scale, rows, own_cols, *texts, zero = ctx.saved_tensors
+        d_loss = zero if d_loss is None else d_loss  # unused here, but others wait
         size, wanted = dist.get_world_size(ctx.group), list(ctx.needs_input_grad[:3])
         rows, own_cols = _strips.softmax_divisors(rows, own_cols, d_loss)
         cols = _all_gather(own_cols.t(), ctx.group).t().view(2, size, -1)
@@ -224,7 +241,9 @@ class _GroupSigmoid(torch.autograd.Function):
     """Loss and gradients from one pass over the chunks; those of texts travel in the backward."""
 
     @staticmethod
-    def forward(ctx, image, text, scale, bias, group: ProcessGroup, kernels: bool) -> Tensor:
+    def forward(
+        ctx, image, text, scale, bias, group: ProcessGroup, kernels: bool
+    ) -> tuple[Tensor, Tensor]:
         wanted = list(ctx.needs_input_grad[:4])
         totals, texts = None, []
         for chunk in _gather_chunks(text, group):
@@ -237,14 +256,17 @@ class _GroupSigmoid(torch.autograd.Function):
             )
             texts.append(d_text)
         loss, *grads = totals
-        ctx.save_for_backward(*grads, *texts)
+        zero = scale.new_zeros(())
+        ctx.save_for_backward(*grads, *texts, zero)
         ctx.group, ctx.dtype = group, image.dtype
-        return loss
+        ctx.set_materialize_grads(False)
+        return loss, zero
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_image, d_scale, d_bias, *texts = ctx.saved_tensors
+    @once("sigmoid_loss")
+    def backward(ctx, d_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_image, d_scale, d_bias, *texts, zero = ctx.saved_tensors
+        d_loss = zero if d_loss is None else d_loss  # unused here, but others wait
         wanted, d_text = ctx.needs_input_grad, None
         if wanted[1]:
             sums = [_ReduceScatter((part * d_loss).to(ctx.dtype), ctx.group) for part in texts]

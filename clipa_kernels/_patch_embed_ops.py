@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._derivatives import once_operator
+
 
 def _patches(images: Tensor, keep: Tensor | None, side: int) -> Tensor:
     """Pixels of the kept patches, [B, K, P * P * C] in the order (y, x, channel), a copy."""
@@ -180,3 +182,5 @@ def _tokens_gradient(ctx, dx: Tensor):
 
 
 embed_tokens.register_autograd(_tokens_gradient, setup_context=_save_tokens)
+for _operator in (_backward, _backward_images, _tokens_backward):
+    once_operator(_operator, "patch_embed")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import _attention_ops, _attention_rivals
 from ._check import (
+    as_flag,
+    as_float,
     choose_impl,
     describe,
     require_float,
@@ -19,6 +21,7 @@ from ._check import (
     require_same_dtype,
     require_tensor,
 )
+from ._derivatives import refuse_tangents
 from .packing import check_packed
 
 _IMPLS = ("triton", "torch", "sdpa", "reference", *_attention_rivals.PACKAGES)
@@ -66,10 +69,12 @@ def varlen_attention(
         q, k, v: [T, H, D], one floating dtype. Dense in D, else of any strides: slices of one
             product are fine.
         cu_seqlens: int32 [B + 1], rising from 0 to T; equal neighbours are an empty sequence.
-        max_seqlen: tokens of the longest sequence, or more. T == B * max_seqlen means that all
-            have this length, and cu_seqlens is not read.
+        max_seqlen: tokens of the longest sequence, or more; an int, or a tensor with one, which is
+            read at every call: on a GPU that waits for the device. T == B * max_seqlen means that
+            all have this length, and cu_seqlens is not read.
         causal: token i sees tokens j <= i of its sequence only.
-        scale: factor of the scores; None is D ** -0.5.
+        scale: factor of the scores, a number: no gradient reaches it (for a learnable one,
+            multiply q); None is D ** -0.5.
         impl: "triton" (one launch each way; float32, float16 or bfloat16, D up to 128,
             max_seqlen up to 1024; at 8 tokens and fewer of one length, sequences share a tile, and
             a NaN reaches its neighbours there), "torch" (groups of like length, reads the lengths
@@ -80,12 +85,14 @@ def varlen_attention(
     Returns:
         [T, H, D] in q's dtype, contiguous.
     Raises:
-        TypeError: dtypes that differ or are not floating, cu_seqlens not int32.
+        TypeError: dtypes that differ or are not floating, cu_seqlens not int32, a scale that
+            requires grad.
         ValueError: shapes or devices that disagree, D not a multiple of 8 from 8 to 256, a last
             stride that is not 1, cu_seqlens that falls or does not end at T, max_seqlen too small
             (cu_seqlens on a GPU is not looked into: that would wait for the device; the kernels
             leave tokens past max_seqlen out), an unknown impl, a size beyond its limits.
-        RuntimeError: an impl that is not installed or does not run on these tensors.
+        RuntimeError: an impl that is not installed or does not run on these tensors, a second
+            derivative or one in forward mode of any but "reference".
     Source: flash_attn.flash_attn_varlen_func of flash-attention 2.8.
     """
     name = "varlen_attention"
@@ -96,10 +103,12 @@ def varlen_attention(
         came = ", ".join(describe(t) for t in (q, k, v))
         raise ValueError(f"{name}: q, k and v must be [T, H, D], all alike, got {came}")
     require_same_device(name, q=q, k=k, v=v)
-    _check_rest(name, cu_seqlens, max_seqlen, q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    max_seqlen = _check_rest(name, cu_seqlens, max_seqlen, q, k, v)
+    causal = as_flag(name, causal=causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_float(name, scale=scale)
     impl = _choose(name, impl, q, cu_seqlens.shape[0] - 1, max_seqlen)
     if impl == "torch":
+        refuse_tangents(name, q, k, v)
         qkv = torch.stack((q, k, v), 1)
         return _attention_ops.attention_packed(qkv, cu_seqlens, max_seqlen, causal, scale)
     return _separate(impl, q, k, v, cu_seqlens, max_seqlen, causal, scale)
@@ -130,10 +139,12 @@ def varlen_attention_qkvpacked(
     require_float(name, qkv=qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{name}: qkv must be [T, 3, H, D], got {describe(qkv)}")
-    _check_rest(name, cu_seqlens, max_seqlen, qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    max_seqlen = _check_rest(name, cu_seqlens, max_seqlen, qkv)
+    causal = as_flag(name, causal=causal)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else as_float(name, scale=scale)
     impl = _choose(name, impl, qkv, cu_seqlens.shape[0] - 1, max_seqlen)
     if impl in ("torch", "triton"):
+        refuse_tangents(name, qkv)
         how = max_seqlen, causal, scale, impl == "triton"
         return _attention_ops.attention_packed(qkv, cu_seqlens, *how)
     return _separate(impl, *qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
@@ -157,9 +168,13 @@ def _separate(
             return _separate(impl, *args, causal, scale)
     if impl == "reference":
         return varlen_attention_reference(*args, causal=causal, scale=scale)
+    if impl == "sdpa":
+        return _attention_rivals.sdpa(*args, causal, scale)
+    refuse_tangents("varlen_attention", q, k, v)
     if impl == "triton":
         return _attention_ops.attention(*args, causal, scale)
-    return getattr(_attention_rivals, impl)(*args, causal, scale)
+    q, k, v = _attention_rivals.differentiated_once(q, k, v)
+    return getattr(_attention_rivals, impl)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
 def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str:
@@ -170,7 +185,7 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     4x to 6x slower in bf16, whose matrix units it does not use.
     """
     fits = x.shape[-1] <= _WIDEST and max_seqlen <= _LONGEST
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         if fits and choose_impl(name, impl, _IMPLS, x) == "triton":
             return "triton"
         if x.device.type != "cpu":
@@ -188,7 +203,8 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     return impl
 
 
-def _check_rest(name: str, cu_seqlens: Tensor, max_seqlen: int, *tensors: Tensor) -> None:
+def _check_rest(name: str, cu_seqlens: Tensor, max_seqlen: int, *tensors: Tensor) -> int:
+    """max_seqlen as an int, if the rest is right."""
     heads, head_size = tensors[0].shape[-2:]
     if heads < 1 or not 8 <= head_size <= 256 or head_size % 8:
         raise ValueError(
@@ -198,4 +214,4 @@ def _check_rest(name: str, cu_seqlens: Tensor, max_seqlen: int, *tensors: Tensor
     for x in tensors:
         if x.stride(-1) != 1:
             raise ValueError(f"{name}: the last stride must be 1, got {x.stride(-1)}")
-    check_packed(name, tensors[0], cu_seqlens, max_seqlen)
+    return check_packed(name, tensors[0], cu_seqlens, max_seqlen)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _contrastive_ops, _strips
 from ._check import (
+    as_float,
     choose_impl,
     describe,
     require_float,
@@ -26,15 +27,13 @@ from ._check import (
     require_same_dtype,
     require_tensor,
 )
+from ._derivatives import refuse_tangents
 from ._distributed import (
-    default_group,
     gather_rows,
     group_contrastive,
     group_sigmoid,
-    mean_over_group,
     rank_and_size,
     require_same_shape,
-    scale_gradient,
 )
 
 if TYPE_CHECKING:
@@ -46,16 +45,16 @@ _IMPLS = ("triton", "torch", "reference")
 def contrastive_loss_reference(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
     *,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The specification in plain torch, in the features' dtype; see contrastive_loss."""
     rank, _ = rank_and_size("contrastive_loss", group)
     all_image, all_text = gather_rows(image, group), gather_rows(text, group)
-    per_image = logit_scale.reshape(()) * image @ all_text.T
-    per_text = logit_scale.reshape(()) * text @ all_image.T
+    per_image = _factor(logit_scale) * image @ all_text.T
+    per_text = _factor(logit_scale) * text @ all_image.T
     if logit_bias is not None:
         per_image, per_text = per_image + logit_bias, per_text + logit_bias
     labels = torch.arange(image.shape[0], device=image.device) + rank * image.shape[0]
@@ -65,14 +64,14 @@ def contrastive_loss_reference(
 def sigmoid_loss_reference(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
     *,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The specification in plain torch, in the features' dtype; see sigmoid_loss."""
     rank, _ = rank_and_size("sigmoid_loss", group)
-    logits = logit_scale.reshape(()) * image @ gather_rows(text, group).T
+    logits = _factor(logit_scale) * image @ gather_rows(text, group).T
     if logit_bias is not None:
         logits = logits + logit_bias
     labels = torch.full_like(logits, -1)
@@ -83,8 +82,8 @@ def sigmoid_loss_reference(
 def contrastive_loss(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
     *,
     group: ProcessGroup | None = None,
     impl: str = "auto",
@@ -102,8 +101,8 @@ def contrastive_loss(
 
     Args:
         image, text: [M, E], floating point, one dtype; normalised by the caller where wanted.
-        logit_scale: [] or [1], floating point, the factor itself, not its logarithm.
-        logit_bias: [] or [1], or None. It moves all logits alike, so its gradient is exactly zero.
+        logit_scale: a number, or [] or [1], floating point: the factor itself, not its logarithm.
+        logit_bias: the same, or None. It moves all logits alike, so its gradient is exactly zero.
         group: the processes that share the batch; None is this process alone.
         impl: "triton" (CUDA, or the interpreter), "torch" or "reference"; "auto" is "triton" on
             CUDA, else "torch".
@@ -113,7 +112,8 @@ def contrastive_loss(
     Raises:
         ValueError: sizes that differ or are zero, devices that differ, an unknown impl.
         TypeError: a tensor that is not floating point, features of two dtypes.
-        RuntimeError: a group that is destroyed or without this process.
+        RuntimeError: a group that is destroyed or without this process, a second derivative or one
+            in forward mode of any impl but "reference".
     Source: open_clip's ClipLoss(local_loss=True, gather_with_grad=True).
 
     >>> features = torch.nn.functional.normalize(torch.eye(4, 8) + 0.1, dim=-1)
@@ -122,11 +122,13 @@ def contrastive_loss(
     True
     """
     name = "contrastive_loss"
-    image, text = _checked(name, image, text, logit_scale, logit_bias, group)
+    image, text, *scalars = _checked(name, image, text, logit_scale, logit_bias, group)
+    logit_scale, logit_bias = scalars
     impl = choose_impl(name, impl, _IMPLS, image)
     if impl == "reference":
         loss = contrastive_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(_strips.compute_dtype(image))
+    refuse_tangents(name, image, text, logit_scale)
     scale, kernels = _scalar(logit_scale, image), impl == "triton"
     if group is not None:
         loss = group_contrastive(image, text, scale, group, kernels)
@@ -141,8 +143,8 @@ def contrastive_loss(
 def sigmoid_loss(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
     *,
     group: ProcessGroup | None = None,
     impl: str = "auto",
@@ -161,11 +163,13 @@ def sigmoid_loss(
     0.0269
     """
     name = "sigmoid_loss"
-    image, text = _checked(name, image, text, logit_scale, logit_bias, group)
+    image, text, *scalars = _checked(name, image, text, logit_scale, logit_bias, group)
+    logit_scale, logit_bias = scalars
     impl = choose_impl(name, impl, _IMPLS, image)
     if impl == "reference":
         loss = sigmoid_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(_strips.compute_dtype(image))
+    refuse_tangents(name, image, text, logit_scale, logit_bias)
     scale = _scalar(logit_scale, image)
     bias = torch.zeros_like(scale) if logit_bias is None else _scalar(logit_bias, image)
     kernels = impl == "triton"
@@ -175,27 +179,30 @@ def sigmoid_loss(
     return _contrastive_ops.sigmoid_loss(image, text, scale, bias, wanted, *pairs, kernels)[0]
 
 
-def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor, Tensor]:
-    """The features, cast where autocast is on. Over a group, an error of one process is raised on
-    all, so that none waits for the others."""
+def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor | None, ...]:
+    """The features, cast where autocast is on, and the scalars as tensors. Over a group, an error
+    of one process is raised on all, so that none waits for the others."""
     error = None
     try:
-        image, text = _check(name, image, text, logit_scale, logit_bias)
+        checked = _check(name, image, text, logit_scale, logit_bias)
     except (TypeError, ValueError) as caught:
-        error = caught
+        error, checked = caught, (image,)
     if group is not None:
-        require_same_shape(name, image, error, group)
+        require_same_shape(name, checked[0], error, group)
     if error is not None:
         raise error
-    return image, text
+    return checked
 
 
-def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor, Tensor]:
-    scalars = {"logit_scale": logit_scale}
+def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, ...]:
+    require_tensor(name, image=image, text=text)
+    require_float(name, image=image, text=text)
+    scalars = {
+        "logit_scale": _as_tensor(name, image, logit_scale=logit_scale),
+        "logit_bias": None,
+    }
     if logit_bias is not None:
-        scalars["logit_bias"] = logit_bias
-    require_tensor(name, image=image, text=text, **scalars)
-    require_float(name, image=image, text=text, **scalars)
+        scalars["logit_bias"] = _as_tensor(name, image, logit_bias=logit_bias)
     require_same_device(name, image=image, text=text, **scalars)
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(
@@ -204,15 +211,29 @@ def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor, Tensor]:
         )
     if image.numel() == 0:
         raise ValueError(f"{name}: at least one pair of features is needed, got {describe(image)}")
-    for scalar, value in scalars.items():
-        if value.shape not in ((), (1,)):
-            raise ValueError(f"{name}: {scalar} must be [] or [1], got {describe(value)}")
     kind = image.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (image.dtype, text.dtype):
         dtype = torch.get_autocast_dtype(kind)
-        return image.to(dtype), text.to(dtype)
+        return image.to(dtype), text.to(dtype), *scalars.values()
     require_same_dtype(name, image=image, text=text)
-    return image, text
+    return image, text, *scalars.values()
+
+
+def _as_tensor(function: str, features: Tensor, **named: object) -> Tensor:
+    """The one named scalar as a tensor [] or [1]; a number becomes one beside the features."""
+    ((name, value),) = named.items()
+    if not isinstance(value, Tensor):
+        value = as_float(function, **named)
+        return features.new_full((), value, dtype=_strips.compute_dtype(features))
+    require_float(function, **named)
+    if value.shape not in ((), (1,)):
+        raise ValueError(f"{function}: {name} must be [] or [1], got {describe(value)}")
+    return value
+
+
+def _factor(value: Tensor | float) -> Tensor | float:
+    """[] of [1], which would widen 16-bit features."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def _wanted(*inputs: Tensor) -> list[bool]:
@@ -221,171 +242,3 @@ def _wanted(*inputs: Tensor) -> list[bool]:
 
 def _scalar(value: Tensor, features: Tensor) -> Tensor:
     return value.reshape(()).to(_strips.compute_dtype(features))
-
-
-class ClipLoss(nn.Module):
-    """open_clip's ClipLoss with its constructor and forward arguments, over contrastive_loss.
-
-    With world_size > 1 it works over the default process group. local_loss=False gives every
-    process the mean loss; gather_with_grad=False without local_loss leaves the features' gradients
-    1 / world_size as large, as open_clip does. local_loss=True with gather_with_grad=False, which
-    drops gradients between processes, and a subclass with its own get_logits take the logits of
-    get_logits, N columns for each row held at once.
-
-    Args:
-        local_loss: the loss of the own rows alone, not of the whole batch.
-        gather_with_grad: gradients flow back to the processes that features came from.
-        cache_labels: keep the labels that get_ground_truth makes.
-        rank, world_size: this process in the default group.
-        use_horovod: must be False.
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ):
-        super().__init__()
-        if use_horovod:
-            raise ValueError("ClipLoss: use_horovod must be False, got True")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.labels: dict[tuple, Tensor] = {}
-
-    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
-        """The column of each row's pair, int64 [num_logits]."""
-        if (device, num_logits) in self.labels:
-            return self.labels[device, num_logits]
-        labels = torch.arange(num_logits, device=device)
-        if self.world_size > 1 and self.local_loss:
-            labels = labels + num_logits * self.rank
-        if self.cache_labels:
-            self.labels = {(device, num_logits): labels}
-        return labels
-
-    def get_logits(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of the images and of the texts in full, for subclasses that need them."""
-        image, text = image_features, text_features
-        all_image, all_text = image, text
-        if self.world_size > 1:
-            all_image, all_text = (self._gathered(features) for features in (image, text))
-        if self.world_size > 1 and not self.local_loss:
-            image, text = all_image, all_text
-        per_image = logit_scale * image @ all_text.T
-        per_text = logit_scale * text @ all_image.T
-        if logit_bias is not None:
-            per_image, per_text = per_image + logit_bias, per_text + logit_bias
-        return per_image, per_text
-
-    def _gathered(self, features: Tensor) -> Tensor:
-        group = default_group("ClipLoss", self.rank, self.world_size)
-        if self.gather_with_grad:
-            return gather_rows(features, group)
-        gathered = gather_rows(features.detach(), group)
-        if self.local_loss:
-            return gathered
-        own = self.rank * features.shape[0]
-        return torch.cat([gathered[:own], features, gathered[own + features.shape[0] :]])
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss of features [M, E], or {"contrastive_loss": loss}; see contrastive_loss."""
-        image, text, scale, bias = image_features, text_features, logit_scale, logit_bias
-        cut = self.world_size > 1 and not self.gather_with_grad
-        if type(self).get_logits is not ClipLoss.get_logits or (cut and self.local_loss):
-            per_image, per_text = self.get_logits(image, text, scale, logit_bias=bias)
-            labels = self.get_ground_truth(image.device, per_image.shape[0])
-            loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
-        elif self.world_size == 1:
-            loss = contrastive_loss(image, text, scale, bias)
-        else:
-            group = default_group("ClipLoss", self.rank, self.world_size)
-            if cut:
-                image, text = (scale_gradient(t, 1 / self.world_size) for t in (image, text))
-            loss = contrastive_loss(image, text, scale, bias, group=group)
-            loss = loss if self.local_loss else mean_over_group(loss, group)
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
-class SigLipLoss(nn.Module):
-    """open_clip's SigLipLoss with its constructor and forward arguments, over sigmoid_loss.
-
-    With world_size > 1 it works over the default process group. The four ways to exchange text
-    features give one result; here they are gathered whichever is named.
-
-    Args:
-        cache_labels: accepted and unused, as in open_clip.
-        rank, world_size: this process in the default group.
-        dist_impl: None, "bidir", "shift", "reduce" or "gather".
-        chunk_size: accepted and unused: logits are always made in tiles.
-    """
-
-    def __init__(
-        self,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        dist_impl: str | None = None,
-        chunk_size: int = 0,
-    ):
-        super().__init__()
-        known = (None, "bidir", "shift", "reduce", "gather")
-        if dist_impl not in known:
-            raise ValueError(f"SigLipLoss: dist_impl must be one of {known}, got {dist_impl!r}")
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.dist_impl = dist_impl or "bidir"
-        self.chunk_size = chunk_size
-
-    def get_ground_truth(
-        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
-    ) -> Tensor:
-        """Labels [num_logits, num_logits], -1 and on the diagonal 1; for subclasses."""
-        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
-        return labels if negative_only else labels.fill_diagonal_(1)
-
-    def get_logits(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-    ) -> Tensor:
-        """Logits in full, for subclasses."""
-        logits = logit_scale * image_features @ text_features.T
-        return logits if logit_bias is None else logits + logit_bias
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss of features [M, E], or {"contrastive_loss": loss}; see sigmoid_loss."""
-        group = None
-        if self.world_size > 1:
-            group = default_group("SigLipLoss", self.rank, self.world_size)
-        loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, group=group)
-        return {"contrastive_loss": loss} if output_dict else loss

@@ -12,9 +12,9 @@ kernels save x and bias and make z in registers, once in each direction; without
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._check import choose_impl, describe, require_float, require_same_device, require_tensor
+from ._derivatives import once_operator, refuse_tangents
 
 _FORMS = ("none", "tanh", "quick")
 
@@ -47,7 +47,7 @@ def bias_gelu(
     Raises:
         ValueError: a bias that is not [D], an unknown approximate or impl, devices that differ.
         TypeError: a tensor that is not floating point, or "triton" with one of 64 bits.
-        RuntimeError: "triton" where it cannot run.
+        RuntimeError: "triton" where it cannot run, or differentiated twice or in forward mode.
     Source: torch.nn.functional.gelu; quick: OpenAI CLIP's QuickGELU.
     """
     name = "bias_gelu"
@@ -61,56 +61,67 @@ def bias_gelu(
                 f"{name}: bias must be [D] for x [..., D], got {describe(bias)} for {describe(x)}"
             )
         require_same_device(name, x=x, bias=bias)
-    if approximate not in _FORMS:
+    if not isinstance(approximate, str) or approximate not in _FORMS:
         raise ValueError(f"{name}: approximate must be one of {_FORMS}, got {approximate!r}")
     widest = bias if bias is not None and bias.dtype.itemsize > x.dtype.itemsize else x
     impl = choose_impl(name, impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return bias_gelu_reference(x, bias, approximate)
     if impl == "triton":
+        refuse_tangents(name, x, bias)
         return torch.ops.clipa.bias_gelu(x, bias, approximate)
     if torch.compiler.is_compiling():
-        return _gelu(_biased(x, bias), approximate)
-    return _BiasGelu.apply(x, bias, approximate)
-
-
-def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else (x + bias).to(x.dtype)
+        return _gelu(x if bias is None else _AddBias.forward(x, bias), approximate)
+    z = x if bias is None else _AddBias.apply(x, bias)
+    return _Quick.apply(z) if approximate == "quick" else _gelu(z, approximate)
 
 
 def _gelu(z: Tensor, approximate: str) -> Tensor:
-    return (
-        z * torch.sigmoid(1.702 * z)
-        if approximate == "quick"
-        else F.gelu(z, approximate=approximate)
-    )
+    if approximate == "quick":
+        return z * torch.sigmoid(1.702 * z)
+    return F.gelu(z, approximate=approximate)
 
 
-class _BiasGelu(torch.autograd.Function):
-    """Saves z = x + bias alone: where x is a product, nothing else keeps it."""
+class _AddBias(torch.autograd.Function):
+    """x + bias in x's dtype; saves nothing, and widens no gradient of x to sum the bias's."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        z = _biased(x, bias)
-        ctx.save_for_backward(z)
-        ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
-        return _gelu(z, approximate)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (z,) = ctx.saved_tensors
-        if ctx.approximate == "quick":
-            s = torch.sigmoid(1.702 * z)
-            dx = dy * (s + 1.702 * z * s * (1 - s))
-        else:
-            dx = torch.ops.aten.gelu_backward(dy, z, approximate=ctx.approximate)
+    def forward(x: Tensor, bias: Tensor) -> Tensor:
+        return (x + bias).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.bias_dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, dz: Tensor) -> tuple[Tensor, Tensor | None]:
         if not ctx.needs_input_grad[1]:
-            return dx, None, None
-        # torch adds 16 bits in fp32; a dtype narrower than dx's would round each term first.
-        wide = torch.promote_types(dx.dtype, ctx.bias_dtype)
-        d_bias = dx.sum(tuple(range(dx.dim() - 1)), dtype=wide)
-        return dx, d_bias.to(ctx.bias_dtype), None
+            return dz, None
+        # torch adds 16 bits in fp32; a dtype narrower than dz's would round each term first.
+        wide = torch.promote_types(dz.dtype, ctx.bias_dtype)
+        return dz, dz.sum(tuple(range(dz.dim() - 1)), dtype=wide).to(ctx.bias_dtype)
+
+
+class _Quick(torch.autograd.Function):
+    """z * sigmoid(1.702 z); saves z alone, where autograd keeps three tensors."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return _gelu(z, "quick")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        s = torch.sigmoid(1.702 * z)
+        return dy * (s + 1.702 * z * s * (1 - s))
 
 
 @torch.library.custom_op("clipa::bias_gelu", mutates_args=())
@@ -154,3 +165,4 @@ def _gradient(ctx, dy: Tensor):
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+once_operator(_backward, "bias_gelu")

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import choose_impl, describe, require_float, require_same_device, require_tensor
+from ._check import (
+    as_float,
+    choose_impl,
+    describe,
+    require_float,
+    require_same_device,
+    require_tensor,
+)
+from ._derivatives import once_operator, refuse_tangents
 
 
 def add_layer_norm_reference(
@@ -43,27 +51,30 @@ def add_layer_norm(
         x: [..., D], floating point: what the last branch wrote.
         residual: [..., D] like x, floating point, its own dtype (a bf16 or fp32 stream); None is
             the first norm, where the stream is x itself.
-        weight, bias: [D], floating point.
-        eps: added to the variance.
+        weight, bias: [D], floating point, each its own dtype.
+        eps: added to the variance, a number.
         impl: "auto", "triton", "torch" or "reference".
     Returns:
         (normalised in x's dtype, new residual in residual's dtype), both [..., D].
     Raises:
         ValueError: shapes or devices that disagree, eps below 0, an unknown impl.
         TypeError: a tensor that is not floating point, or "triton" with one of 64 bits.
-        RuntimeError: "triton" where it cannot run.
+        RuntimeError: "triton" where it cannot run, or differentiated twice or in forward mode.
     Source: torch.nn.functional.layer_norm.
     """
-    _check_arguments(x, residual, weight, bias, eps)
+    eps = _check_arguments(x, residual, weight, bias, eps)
     present = [t for t in (x, residual, weight, bias) if t is not None]
     widest = max(present, key=lambda t: t.dtype.itemsize)
     impl = choose_impl("add_layer_norm", impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     if impl == "triton":
+        refuse_tangents("add_layer_norm", x, residual, weight, bias)
         y, total = torch.ops.clipa.add_layer_norm(x, residual, weight, bias, eps)
         return y, x if residual is None else total
     total = x if residual is None else (x + residual).to(residual.dtype)
+    both = torch.promote_types(weight.dtype, bias.dtype)
+    weight, bias = weight.to(both), bias.to(both)
     # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -150,11 +161,13 @@ def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+once_operator(_backward, "add_layer_norm")
 
 
 def _check_arguments(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> None:
+) -> float:
+    """eps as a float, if the rest is right."""
     name = "add_layer_norm"
     require_tensor(name, x=x, weight=weight, bias=bias)
     require_float(name, x=x, weight=weight, bias=bias)
@@ -171,5 +184,7 @@ def _check_arguments(
                 f"{name}: residual must have x's shape {tuple(x.shape)}, got {describe(residual)}"
             )
     require_same_device(name, x=x, residual=residual, weight=weight, bias=bias)
+    eps = as_float(name, eps=eps)
     if eps < 0:
         raise ValueError(f"{name}: eps must be at least 0, got {eps}")
+    return eps

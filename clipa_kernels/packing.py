@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import INTEGERS, describe, readable, require_device, require_int, require_tensor
+from ._check import (
+    INTEGERS,
+    as_int,
+    describe,
+    readable,
+    require_device,
+    require_tensor,
+)
 
 
 class Packed(NamedTuple):
@@ -90,7 +97,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     if not isinstance(packed, tuple) or len(packed) != 3:
         raise TypeError(f"unpack: packed must be Packed, got {type(packed).__name__}")
     tokens, cu_seqlens, max_seqlen = packed
-    check_packed("unpack", tokens, cu_seqlens, max_seqlen)
+    max_seqlen = check_packed("unpack", tokens, cu_seqlens, max_seqlen)
     fill = _filling(tokens, fill)
     if tokens.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen:
         return tokens.view(cu_seqlens.shape[0] - 1, max_seqlen, *tokens.shape[1:])
@@ -144,8 +151,11 @@ def padded_index(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     return start + offset, offset < cu_seqlens.diff().unsqueeze(1)
 
 
-def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
-    """Raise unless cu_seqlens and max_seqlen describe tokens; values are read on the host only."""
+def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
+    """max_seqlen as an int; raise unless it and cu_seqlens describe tokens.
+
+    Values of cu_seqlens are read on the host only.
+    """
     require_tensor(function, tokens=tokens, cu_seqlens=cu_seqlens)
     if not tokens.dim():
         raise ValueError(f"{function}: tokens must be [T, ...], got {describe(tokens)}")
@@ -155,9 +165,9 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
         raise ValueError(
             f"{function}: cu_seqlens must be on {tokens.device}, got {describe(cu_seqlens)}"
         )
-    require_int(function, 0, 2**31, max_seqlen=max_seqlen)
+    max_seqlen = as_int(function, 0, 2**31, max_seqlen=max_seqlen)
     if not readable(cu_seqlens):
-        return
+        return max_seqlen
     lengths = cu_seqlens.diff()
     if lengths.numel() and lengths.min() < 0:
         raise ValueError(f"{function}: cu_seqlens must not fall, got a step of {lengths.min()}")
@@ -171,3 +181,4 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
             f"{function}: max_seqlen must be at least the longest sequence, {longest}, "
             f"got {max_seqlen}"
         )
+    return max_seqlen

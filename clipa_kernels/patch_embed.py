@@ -26,6 +26,7 @@ from ._check import (
     require_same_device,
     require_tensor,
 )
+from ._derivatives import refuse_tangents
 from ._patch_embed_ops import embed_patches, embed_tokens
 from .packing import Packed
 
@@ -113,6 +114,7 @@ def patch_embed(
     if impl == "reference":
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
+    refuse_tangents("patch_embed", images, weight, bias, pos_embed, cls_token)
     with torch.autocast(images.device.type, enabled=False):
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":

@@ -5,6 +5,7 @@ import sys
 from importlib.util import find_spec
 from types import ModuleType
 
+import numpy
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -15,6 +16,7 @@ from clipa_kernels import (
     cu_seqlens_of,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
+    varlen_attention,
     varlen_attention_forward,
     varlen_attention_qkvpacked,
     varlen_attention_reference,
@@ -47,7 +49,6 @@ NOT_IMPLEMENTED = {
     "window_size": (4, 0),
     "softcap": 30.0,
     "alibi_slopes": torch.zeros(2),
-    "return_attn_probs": True,
     "block_table": torch.zeros(1, 1),
 }
 
@@ -60,6 +61,105 @@ def test_what_is_not_implemented_is_named(qkv, name):
     if name in inspect.signature(flash_attn_varlen_qkvpacked_func).parameters:
         with pytest.raises(ValueError, match=f"qkvpacked_func: {name} must be .*, got"):
             flash_attn_varlen_qkvpacked_func(qkv, ends, 9, **change)
+
+
+WITHOUT_EFFECT = {
+    "no causal window": (dict(causal=True, window_size=(-1, 0)), True),
+    "causal by window": (dict(window_size=[-1, 0]), True),
+    "what causal hides": (dict(causal=True, window_size=(8, 3)), True),
+    "wide": (dict(window_size=(8, 8)), False),
+    "wider": (dict(window_size=(100, -2)), False),
+    "none": (dict(softcap=None, alibi_slopes=None, dropout_p=0, window_size=None), False),
+    "numpy": (dict(causal=numpy.bool_(True), softmax_scale=numpy.float32(0.25)), True),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_what_has_no_effect_is_taken(qkv, name):
+    """Windows that hide nothing more: the longest sequence has 9 tokens."""
+    how, causal = WITHOUT_EFFECT[name]
+    ends = cu_seqlens_of(LENGTHS)
+    expected = varlen_attention_reference(*qkv.unbind(1), ends, 9, causal=causal)
+    out = flash_attn_varlen_func(*qkv.unbind(1), ends, ends, 9, 9, **how)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(flash_attn_varlen_qkvpacked_func(qkv, ends, 9, **how), expected)
+    for window in ((7, -1), (-1, 7), (7, 0)):
+        with pytest.raises(ValueError, match=r"window_size must be .* max_seqlen 9, got \("):
+            flash_attn_varlen_func(*qkv.unbind(1), ends, ends, 9, 9, window_size=window)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [9, 9]], ids=["ragged", "equal"])
+def test_log_sum_exp(lengths, causal):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 2, 16, generator=generator, requires_grad=True)
+    ends = cu_seqlens_of(lengths)
+    how = dict(causal=causal, return_attn_probs=True)
+    out, lse, probabilities = flash_attn_varlen_qkvpacked_func(qkv, ends, 9, **how)
+    apart = flash_attn_varlen_func(*qkv.unbind(1), ends, ends, 9, 9, **how)
+    assert probabilities is apart[2] is None and not lse.requires_grad
+    assert torch.equal(lse, apart[1]) and out.requires_grad
+    expected = varlen_attention_reference(*qkv.unbind(1), ends, 9, causal=causal)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        scores = torch.einsum("ihd,jhd->hij", qkv[a:b, 0], qkv[a:b, 1]) / 4
+        if causal:
+            future = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        torch.testing.assert_close(lse[:, a:b], scores.logsumexp(-1).detach())
+
+
+@pytest.mark.parametrize("longest", [numpy.int64(9), numpy.int16(9), torch.tensor(9)], ids=repr)
+def test_longest_as_others_give_it(qkv, longest):
+    ends = cu_seqlens_of(LENGTHS)
+    expected = varlen_attention_qkvpacked(qkv, ends, 9)
+    for out in (
+        varlen_attention(*qkv.unbind(1), ends, longest),
+        varlen_attention_qkvpacked(qkv, ends, longest),
+        flash_attn_varlen_func(*qkv.unbind(1), ends, ends, longest, longest),
+        flash_attn_varlen_qkvpacked_func(qkv, ends, longest),
+    ):
+        assert torch.equal(out, expected)
+
+
+WRONG = {
+    "max_seqlen": ([9], None, "9", True, 9.0, 9j, torch.tensor(9.0), torch.tensor([9, 9])),
+    "scale": ("0.5", True, 1j, [0.5], torch.tensor([1.0, 2.0]), float("nan"), float("inf")),
+    "causal": ("yes", None, 2, 0.5, [True], torch.tensor(True), numpy.array([True])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(qkv, name):
+    ends, theirs = cu_seqlens_of(LENGTHS), {"scale": "softmax_scale"}.get(name, name)
+    right = dict(cu_seqlens=ends, max_seqlen=9)
+    calls = {
+        ("varlen_attention_qkvpacked", name): varlen_attention_qkvpacked,
+        ("flash_attn_varlen_qkvpacked_func", theirs): flash_attn_varlen_qkvpacked_func,
+    }
+    for value in WRONG[name]:
+        for (function, argument), call in calls.items():
+            with pytest.raises(
+                (TypeError, ValueError), match=f"^{function}: {argument} must .*got"
+            ):
+                call(qkv, **(right | {argument: value}))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "sdpa"])
+def test_a_learnable_scale_is_refused(qkv, impl):
+    """Its gradient would be lost in silence."""
+    ends, scale = cu_seqlens_of(LENGTHS), torch.tensor(0.5, requires_grad=True)
+    q, k, v = qkv.unbind(1)
+    says = "scale must be a number, got scalar float32 on cpu that requires grad"
+    for call in (
+        lambda: varlen_attention(q, k, v, ends, 9, scale=scale, impl=impl),
+        lambda: varlen_attention_qkvpacked(qkv, ends, 9, scale=scale, impl=impl),
+        lambda: flash_attn_varlen_func(q, k, v, ends, ends, 9, 9, softmax_scale=scale),
+    ):
+        with pytest.raises(TypeError, match=says):
+            call()
+    out = varlen_attention(q, k, v, ends, 9, scale=scale.detach(), impl=impl)
+    torch.testing.assert_close(out, varlen_attention_reference(q, k, v, ends, 9, scale=0.5))
 
 
 @pytest.mark.parametrize(("lengths", "longest"), [(LENGTHS, 8), (LENGTHS[::-1], 9), ([17], 9)])
@@ -107,8 +207,19 @@ def test_attention_interface_names_what_it_cannot_do():
         ValueError, match="varlen_attention_forward: softcap must be None, got 30.0"
     ):
         varlen_attention_forward(module, x, x, x, None, softcap=30.0)
-    with pytest.raises(ValueError, match=r"None or \[B, S\] = 2x5, got 2x1x5x5 float32"):
+    with pytest.raises(ValueError, match=r"\[B, S\] = 2x5 or boolean 2x1x5x5, got 2x1x5x5 float32"):
         varlen_attention_forward(module, x, x, x, torch.zeros(2, 1, 5, 5))
+    with pytest.raises(ValueError, match="sliding_window must be None or at least 5, got 4"):
+        varlen_attention_forward(module, x, x, x, None, sliding_window=4)
+    varlen_attention_forward(module, x, x, x, None, sliding_window=5)
+    hidden = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    hidden[1, 0, 1, 3] = False
+    with pytest.raises(ValueError, match="hide padding, and what is later, alone, got 2x1x5x5"):
+        varlen_attention_forward(module, x, x, x, hidden)
+    module.is_decoder = True
+    with pytest.raises(ValueError, match="must be None in cross-attention, got 2x5 .* Identity"):
+        varlen_attention_forward(module, x, x, x, torch.ones(2, 5))
+    varlen_attention_forward(module, x, x, x, torch.ones(2, 5), is_causal=True)
     with pytest.raises(ValueError, match=r"all alike, got 2x2x5x16 .* 2x1x5x16"):
         varlen_attention_forward(module, x, x[:, :1], x, None)
 
@@ -137,6 +248,28 @@ def test_models_of_transformers(tower, side):
         model.set_attn_implementation(how)
         states[how] = model(input_ids=tokens, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(states["clipa"][mask.bool()], states["eager"][mask.bool()])
+
+
+def test_pooling_of_siglip_2():
+    """Its head is torch's own attention, and takes the mask in sdpa_mask's form."""
+    transformers = pytest.importorskip("transformers")
+    lines = inspect.getdoc(varlen_attention_forward).splitlines()
+    register = [line[4:] for line in lines if line.startswith("    ")][:4]
+    exec("\n".join(register), dict(varlen_attention_forward=varlen_attention_forward))
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=8)
+    torch.manual_seed(0)
+    model = transformers.Siglip2VisionModel(config).eval()
+    given = dict(
+        pixel_values=torch.randn(2, 16, 192),
+        pixel_attention_mask=torch.tensor([[1] * 16, [1] * 12 + [0] * 4]),
+        spatial_shapes=torch.tensor([[4, 4], [3, 4]]),
+    )
+    pooled = {}
+    for how in ("sdpa", "clipa"):
+        model.set_attn_implementation(how)
+        pooled[how] = model(**given).pooler_output
+    torch.testing.assert_close(pooled["clipa"], pooled["sdpa"])
 
 
 @pytest.mark.parametrize("impl", ["varlen_attn", "flash_attn", "xformers"])

@@ -4,6 +4,7 @@ import doctest
 import importlib.util
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,25 @@ def test_scalars_of_any_form(loss, reference, n):
     torch.testing.assert_close(without, loss(image, text, scale, torch.tensor(0.0)))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@both_losses
+def test_scalars_as_numbers(loss, reference, impl):
+    """Equal to tensors in every place, gradients too."""
+    image, text, scale, bias = leaves(9, 16, scale=10.0, bias=-5.0)
+    expected = loss(image, text, scale, bias, impl=impl)
+    (slope,) = torch.autograd.grad(expected, image)
+    module = ClipLoss() if loss is contrastive_loss else SigLipLoss()
+    for scalars in ((10.0, -5.0), (10, bias), (scale, -5), (numpy.float32(10), numpy.float64(-5))):
+        for call in (lambda *a: loss(*a, impl=impl), reference, module):
+            came = call(image, text, *scalars)
+            torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                torch.autograd.grad(came, image)[0], slope, rtol=1e-3, atol=1e-6
+            )
+    half = loss(image.bfloat16(), text.bfloat16(), 10.0, impl="torch")
+    assert torch.equal(half, loss(image.bfloat16(), text.bfloat16(), scale.detach(), impl="torch"))
+
+
 def test_the_bias_moves_nothing_in_a_softmax():
     values = leaves(30, 8, bias=-10.0)
     loss, *_, d_bias = gradients(contrastive_loss, values)
@@ -321,6 +341,9 @@ def test_dtypes_on_a_device_without_one(dtype):
     assert [g.dtype for g in grads] == [dtype, dtype, torch.float32]
 
 
+ALL_BUT_AOT = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 def test_operators_pass_opcheck():
     image, text, scale, bias = leaves(20, 8)
     wide = [torch.randn(20, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)]
@@ -338,7 +361,10 @@ def test_operators_pass_opcheck():
         ),
     }  # fmt: skip
     for op, arguments in checked.items():
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op, arguments, test_utils=ALL_BUT_AOT)
+        # It differentiates all outputs, of which gradients made in the forward raise.
+        arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+        torch.library.opcheck(op, tuple(arguments), test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("n", [40, 400], ids=["one tile", "tiles"])
@@ -393,10 +419,34 @@ def test_a_subclass_with_its_own_logits_is_heard():
         def get_logits(self, *args, **kwargs):
             return tuple(2 * logits for logits in super().get_logits(*args, **kwargs))
 
-    image, text, scale, _ = leaves(12, 8)
+    class DoubledSigmoid(SigLipLoss):
+        def get_logits(self, *args, **kwargs):
+            return 2 * super().get_logits(*args, **kwargs)
+
+    class Mirrored(ClipLoss):
+        def get_ground_truth(self, device, num_logits):
+            return super().get_ground_truth(device, num_logits).flip(0)
+
+    image, text, scale, bias = leaves(12, 8)
     torch.testing.assert_close(
         Doubled()(image, text, scale), contrastive_loss(image, text, 2 * scale)
     )
+    torch.testing.assert_close(
+        DoubledSigmoid()(image, text, scale, bias), sigmoid_loss(image, text, 2 * scale, 2 * bias)
+    )
+    torch.testing.assert_close(
+        Mirrored()(image, text, scale), contrastive_loss(image, text.flip(0), scale)
+    )
+
+
+@pytest.mark.parametrize("negative_only", [False, True])
+def test_the_loss_of_some_texts(negative_only):
+    theirs = open_clip_loss().SigLipLoss()
+    values = leaves(12, 8)
+    came = SigLipLoss()._loss(*values, negative_only=negative_only)
+    torch.testing.assert_close(came, theirs._loss(*values, negative_only=negative_only))
+    if not negative_only:
+        torch.testing.assert_close(came, SigLipLoss()(*values))
 
 
 def bad(image=(4, 8), text=(4, 8), scale=(), bias=None, dtype=torch.float32, scale_dtype=None):
@@ -421,7 +471,14 @@ def bad(image=(4, 8), text=(4, 8), scale=(), bias=None, dtype=torch.float32, sca
         (bad(scale_dtype=torch.int64), TypeError, "logit_scale must be floating point"),
         (bad(scale=(2,)), ValueError, r"logit_scale must be \[\] or \[1\], got 2 float32"),
         (bad(bias=(4,)), ValueError, r"logit_bias must be \[\] or \[1\], got 4 float32"),
-        ([*bad()[:2], 14.3], TypeError, "logit_scale must be a tensor, got float"),
+        ([*bad()[:2], "14.3"], TypeError, "logit_scale must be a number, got '14.3'"),
+        ([*bad()[:2], True], TypeError, "logit_scale must be a number, got True"),
+        ([*bad()[:2], 1j], TypeError, "logit_scale must be a number, got 1j"),
+        ([*bad()[:2], [1.0]], TypeError, r"logit_scale must be a number, got \[1.0\]"),
+        ([*bad()[:2], None], TypeError, "logit_scale must be a number, got None"),
+        ([*bad()[:2], float("nan")], ValueError, "logit_scale must be finite, got nan"),
+        ([*bad()[:3], float("-inf")], ValueError, "logit_bias must be finite, got -inf"),
+        (bad(scale_dtype=torch.complex64), TypeError, "logit_scale must be floating point"),
         ([None, *bad()[1:]], TypeError, "image must be a tensor, got NoneType"),
         ([bad()[0].to("meta"), *bad()[1:]], ValueError, "on one device, got image on meta"),
         ([*bad()[:2], torch.ones((), device="meta")], ValueError, "logit_scale on meta"),
@@ -441,6 +498,15 @@ def test_unknown_names(loss, reference):
     assert loss(*bad(), impl="reference").dtype == torch.float32
     with pytest.raises(ValueError, match="use_horovod must be False"):
         ClipLoss(use_horovod=True)
+    for module in (ClipLoss, SigLipLoss):
+        for options in (
+            dict(rank="0"),
+            dict(world_size=None),
+            dict(cache_labels=[]),
+            dict(rank=-1),
+        ):
+            with pytest.raises((TypeError, ValueError), match=f"{module.__name__}: .* must .* got"):
+                module(**options)
     with pytest.raises(ValueError, match="dist_impl must be one of .*, got 'ring'"):
         SigLipLoss(dist_impl="ring")
 

@@ -109,6 +109,36 @@ def check_options(group, rows):
         torch.testing.assert_close(loss, full[0], rtol=1e-2, atol=1e-2)
 
 
+def check_second_derivative(rank, size, rows):
+    """The reference's is that of the whole batch on one process; the others raise on all."""
+    whole = batch(rows * size, dtype=torch.float64)
+    own = slice(rank * rows, (rank + 1) * rows)
+
+    def penalty(function, inputs, factor):
+        first = torch.autograd.grad(function(*inputs), inputs[:2], create_graph=True)
+        return sum((factor * gradient).square().sum() for gradient in first)
+
+    for name, function in FUNCTIONS.items():
+        for impl in ("reference", "torch"):
+            inputs = own_leaves(whole, rank, rows)
+
+            def over_group(*values, f=function, i=impl):
+                return f(*values, group=dist.group.WORLD, impl=i)
+
+            mine = penalty(over_group, inputs, 1 / size)
+            if impl == "torch":
+                says = f"{name}_loss: a second derivative needs"
+                for leaf in inputs[:3]:  # one at a time: each is led to
+                    total = over_group(*inputs) + mine
+                    expect(RuntimeError, says, torch.autograd.grad, total, leaf, retain_graph=True)
+                continue
+            true = torch.autograd.grad(
+                penalty(lambda *v, f=function: f(*v, impl="reference"), whole, 1.0), whole[:2]
+            )
+            for got, wanted in zip(torch.autograd.grad(mine, inputs[:2]), true, strict=True):
+                close(got, wanted[own], f"{name} second derivative rank {rank} of {size}")
+
+
 def check_wire(rank, size, rows):
     """Half the bytes of open_clip's loss, which gathers both towers with their gradients."""
     theirs = open_clip_loss()
@@ -147,6 +177,21 @@ def check_modules(rank, size, rows):
         for index, name in ((3, "scale"), (4, "bias")):
             mean_of = [mean(values[index], dist.group.WORLD) for values in (mine, true)]
             close(*mean_of, f"{what} {name}")
+
+
+def check_subclass(rank, size, rows):
+    """The loss in full, one process's texts after the other's, is that of the tiles."""
+
+    class Same(SigLipLoss):
+        def get_logits(self, *args, **kwargs):
+            return super().get_logits(*args, **kwargs)
+
+    inputs = own_leaves(batch(rows * size), rank, rows)
+    how = dict(rank=rank, world_size=size)
+    for mine, true in zip(
+        graded(Same(**how), inputs), graded(SigLipLoss(**how), inputs), strict=True
+    ):
+        close(mine, true, f"subclass rank {rank} of {size}")
 
 
 def expect(error, says, function, *inputs, **how):
@@ -197,6 +242,8 @@ def work(rank, size, store):
     check_options(dist.group.WORLD, 4)
     check_modules(rank, size, 6)
     check_errors(rank, size, 3)
+    check_subclass(rank, size, 4)
+    check_second_derivative(rank, size, 4)
     check_wire(rank, size, 20)
     if size == 4:
         for members in ([1, 3], [0, 2, 3]):

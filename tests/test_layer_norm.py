@@ -1,5 +1,6 @@
 """add_layer_norm: value and gradients of every implementation, dtypes of both streams, errors."""
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,34 @@ def test_each_output_keeps_its_dtype(stream, autocast):
     assert error < 2 * torch.finfo(torch.bfloat16).eps * (exact.abs().max() + 3)
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1, numpy.float32(1e-5), torch.tensor(1e-5)], ids=repr)
+def test_eps_of_any_kind_of_number(eps):
+    t = inputs((4, 16))
+    for came, true in zip(
+        add_layer_norm(**t, eps=eps), add_layer_norm_reference(**t, eps=float(eps)), strict=True
+    ):
+        torch.testing.assert_close(came, true)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("weight", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("bias", DTYPES, ids=lambda d: str(d)[6:])
+def test_a_bias_of_another_dtype(weight, bias):
+    """Beside a stream of each; gradients come in the dtypes of what they are of."""
+    for stream in DTYPES:
+        t = {name: value.to(stream) for name, value in inputs((4, 16)).items()}
+        t |= {"weight": t["weight"].to(weight), "bias": t["bias"].to(bias)}
+        leaves = {name: value.requires_grad_() for name, value in t.items()}
+        y, total = add_layer_norm(**leaves)
+        assert y.dtype == total.dtype == stream
+        expected = add_layer_norm_reference(**leaves)[0]
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
+        grads = torch.autograd.grad(y.sum(), [*leaves.values()])
+        assert [g.dtype for g in grads] == [value.dtype for value in leaves.values()]
+
+
 def test_compiles_in_one_graph():
     t = inputs((4, 16))
     compiled = torch.compile(add_layer_norm, fullgraph=True, backend="aot_eager")
@@ -86,8 +115,15 @@ def test_compiles_in_one_graph():
         ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, .*, got 'cuda'"),
         ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+        ({"eps": None}, TypeError, "eps must be a number, got None"),
+        ({"eps": True}, TypeError, "eps must be a number, got True"),
+        ({"eps": "1e-5"}, TypeError, "eps must be a number, got '1e-5'"),
+        ({"eps": torch.ones(2)}, TypeError, "eps must be a number, got 2 float32"),
+        ({"eps": float("nan")}, ValueError, "eps must be finite, got nan"),
+        ({"bias": torch.ones(16, dtype=torch.complex64)}, TypeError, "bias must be floating"),
+        ({"residual": torch.ones(4, 16).to_sparse()}, TypeError, "residual must be dense, got"),
     ],
-    ids=["weight", "residual", "integer", "device", "eps", "impl", "none"],
+    ids=str,
 )
 def test_bad_input_is_named(change, error, words):
     with pytest.raises(error, match=words):

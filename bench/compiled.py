@@ -2,6 +2,7 @@
 
     python -m bench.compiled                 every case of clipa_kernels/_triton
     python -m bench.compiled attention       those of one file
+    python -m bench.compiled --jobs 8        by eight processes; rows in the same order
 
     regs        registers a thread, of 255
     spill st/ld bytes a thread stores to and loads from local memory for want of registers
@@ -14,8 +15,9 @@
                                not among them
 
 Counts are of the machine code, each instruction once, however often a loop runs it. ptxas and
-nvdisasm are those that Triton ships. TRITON_INTERPRET must not be set. The command ends with 1
-where a case does not compile or does not fit its GPU.
+nvdisasm are those that Triton ships. TRITON_INTERPRET must not be set. A row is printed as soon as
+it and those before it are there. The command ends with 1 where a case does not compile, whose error
+stands in its row's place, or does not fit its GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -215,25 +219,34 @@ def _run(*command: str | Path) -> str:
 def table(rows: Iterable[Row]) -> str:
     """One line a row."""
     rows = list(rows)
-    width = max([4, *(len(row.label) for row in rows)])
-    lines = [
+    width = _label_width(rows)
+    return "\n".join([_heading(width), *(_line(row, width) for row in rows)])
+
+
+def _label_width(labelled: Iterable[Row | Case]) -> int:
+    return max([4, *(len(each.label) for each in labelled)])
+
+
+def _heading(width: int) -> str:
+    return (
         f"{'case':{width}} sm warps stages regs  spill st/ld     shared KB  blocks/SM          "
         f"  warps %  {'  '.join(TENSOR_CORE)}  load width, store width"
-    ]
-    for row in rows:
-        tensor_core = "".join(f"{row.tensor_core[name]:{len(name) + 2}}" for name in TENSOR_CORE)
-        widths = (
-            " ".join(f"{size}:{count}" for size, count in sorted(counts.items(), reverse=True))
-            for counts in (row.load_widths, row.store_widths)
-        )
-        shared = f"{row.shared / 1024:.1f}/{row.shared_limit // 1024}"
-        resident = f"{row.blocks_per_sm} ({row.limiter})" if row.fits else "DOES NOT FIT"
-        lines.append(
-            f"{row.label:{width}} {row.arch:3}{row.num_warps:5}{row.num_stages:7}"
-            f"{row.registers:5}{row.spill_stores:7}/{row.spill_loads:<5}{shared:>12}  "
-            f"{resident:20}{100 * row.occupancy:7.0f}{tensor_core}  {', '.join(widths)}"
-        )
-    return "\n".join(lines)
+    )
+
+
+def _line(row: Row, width: int) -> str:
+    tensor_core = "".join(f"{row.tensor_core[name]:{len(name) + 2}}" for name in TENSOR_CORE)
+    widths = (
+        " ".join(f"{size}:{count}" for size, count in sorted(counts.items(), reverse=True))
+        for counts in (row.load_widths, row.store_widths)
+    )
+    shared = f"{row.shared / 1024:.1f}/{row.shared_limit // 1024}"
+    resident = f"{row.blocks_per_sm} ({row.limiter})" if row.fits else "DOES NOT FIT"
+    return (
+        f"{row.label:{width}} {row.arch:3}{row.num_warps:5}{row.num_stages:7}"
+        f"{row.registers:5}{row.spill_stores:7}/{row.spill_loads:<5}{shared:>12}  "
+        f"{resident:20}{100 * row.occupancy:7.0f}{tensor_core}  {', '.join(widths)}"
+    )
 
 
 def discovered(ops: Iterable[str] = ()) -> Iterator[Case]:
@@ -255,19 +268,40 @@ def discovered(ops: Iterable[str] = ()) -> Iterator[Case]:
             yield from cases()
 
 
+def compile_all(ops: Iterable[str] = (), jobs: int = 1) -> Iterator[Row | str]:
+    """Every case of `discovered(ops)` for each of its architectures, in order and as soon as it is
+    there: its row, or the sentence that says why it does not compile. jobs: processes."""
+    ops = tuple(ops)
+    wanted = [(ops, i, arch) for i, case in enumerate(discovered(ops)) for arch in case.archs]
+    if jobs == 1:
+        yield from starmap(_compile_one, wanted)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(_compile_one, *zip(*wanted, strict=True))
+
+
+def _compile_one(ops: tuple[str, ...], index: int, arch: int) -> Row | str:
+    """By number, for a kernel does not go from one process to another."""
+    try:
+        return compile_case(list(discovered(ops))[index], arch)
+    except RuntimeError as error:
+        return str(error)
+
+
 def main() -> int:
-    """Print the table of all cases, or of those of the ops named."""
+    """Print the table of all cases, or of those of the ops named, row by row."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("ops", nargs="*", help="files of clipa_kernels/_triton; none: all")
-    rows, errors = [], []
-    for case in discovered(parser.parse_args().ops):
-        for arch in case.archs:
-            try:
-                rows.append(compile_case(case, arch))
-            except RuntimeError as error:
-                errors.append(str(error))
-    print(table(rows), *errors, sep="\n")
-    return int(bool(errors) or not all(row.fits for row in rows))
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    flags = parser.parse_args()
+    if flags.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {flags.jobs}")
+    width, good = _label_width(discovered(flags.ops)), True
+    print(_heading(width), flush=True)
+    for row in compile_all(flags.ops, flags.jobs):
+        print(row if isinstance(row, str) else _line(row, width), flush=True)
+        good = good and isinstance(row, Row) and row.fits
+    return int(not good)
 
 
 if __name__ == "__main__":

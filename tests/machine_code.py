@@ -8,10 +8,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench.compiled import Row, compile_case, discovered, table
+from bench.compiled import Row, compile_all, table
 
 
 def machine_code(*ops: str) -> list[Row]:
@@ -50,15 +49,12 @@ def spills_nothing(row: Row) -> bool:
     return row.fits and not row.spill_stores and not row.spill_loads
 
 
-def _compiled(ops: list[str], index: int, arch: int) -> dict:
-    return vars(compile_case(list(discovered(ops))[index], arch))
-
-
 def main(ops: list[str]) -> None:
-    wanted = [(i, arch) for i, case in enumerate(discovered(ops)) for arch in case.archs]
-    with ProcessPoolExecutor(2) as pool:
-        futures = [pool.submit(_compiled, ops, *one) for one in wanted]
-        print(json.dumps([future.result() for future in futures]))
+    rows = list(compile_all(ops, jobs=2))
+    wrong = [row for row in rows if isinstance(row, str)]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    print(json.dumps([vars(row) for row in rows]))
 
 
 if __name__ == "__main__":

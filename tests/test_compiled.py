@@ -68,13 +68,20 @@ def cases():
     yield Case("wrong", wrong_kernel, dict(x_ptr="*fp32"), dict(BLOCK=16), archs=(80,))
 
 
-def outside_interpreter(*command: str) -> subprocess.CompletedProcess:
+def started(*command: str) -> subprocess.Popen:
+    """A program outside the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def outside_interpreter(*command: str) -> subprocess.CompletedProcess:
+    with started(*command) as run:
+        stdout, stderr = run.communicate()
+    return subprocess.CompletedProcess(command, run.returncode, stdout, stderr)
 
 
 def print_rows():
@@ -179,8 +186,10 @@ def test_table():
 
 
 PROGRAM = """
+import multiprocessing
 import sys
 from bench import compiled
+multiprocessing.set_start_method("fork")  # the folder is another in this process alone
 compiled._triton.__path__ = [sys.argv.pop(1)]
 raise SystemExit(compiled.main())
 """
@@ -198,15 +207,23 @@ def test_command(tmp_path):
     assert (none.returncode, len(none.stdout.splitlines())) == (0, 1), none.stderr
     (tmp_path / "fine.py").write_text(OP.format(labels=["copy"]))
     (tmp_path / "bad.py").write_text(OP.format(labels=["wrong", "too large"]))
-    fine = outside_interpreter("-c", PROGRAM, str(tmp_path), "fine")
-    assert fine.returncode == 0, fine.stderr
-    assert [line.split()[:2] for line in fine.stdout.splitlines()[1:]] == [
+    with started("-c", PROGRAM, str(tmp_path), "fine") as fine:
+        assert fine.stdout.readline().startswith("case ") and fine.poll() is None
+        first, running = fine.stdout.readline(), fine.poll() is None
+        stdout, stderr = fine.communicate()
+    assert running, "the first row must come before the last is made"
+    assert fine.returncode == 0, stderr
+    assert [line.split()[:2] for line in (first, *stdout.splitlines())] == [
         ["copy", "80"],
         ["copy", "90"],
         ["copy", "100"],
     ]
-    every = outside_interpreter("-c", PROGRAM, str(tmp_path))
+    every = outside_interpreter("-c", PROGRAM, str(tmp_path), "--jobs", "2")
     assert every.returncode == 1
+    heads = [line.split()[0] for line in every.stdout.splitlines() if not line.startswith(" ")]
+    assert heads.index("case") < heads.index("compile_case:") < heads.index("copy")  # in order
+    none = outside_interpreter("-c", PROGRAM, str(tmp_path), "--jobs", "0")
+    assert "--jobs must be at least 1, got 0" in none.stderr
     for says in ("DOES NOT FIT", "compile_case: wrong must compile for sm_80, got", "\ncopy"):
         assert says in every.stdout
     other = outside_interpreter("-c", PROGRAM, str(tmp_path), "other")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, pointer
+from .common import cdiv, input_precision, pointer
 
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 # Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
@@ -219,9 +219,10 @@ def stride_unit(*tensors: Tensor) -> int:
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:2]) else 1
 
 
-def constexprs(head_dim: int, causal: bool, uniform: bool, unit: int) -> dict[str, object]:
+def constexprs(
+    head_dim: int, itemsize: int, causal: bool, uniform: bool, unit: int
+) -> dict[str, object]:
     """Those that all kernels share."""
-    highest = torch.get_float32_matmul_precision() == "highest"
     d0, d1, d2 = chunks(head_dim)
     return dict(
         UNIFORM=uniform,
@@ -231,7 +232,7 @@ def constexprs(head_dim: int, causal: bool, uniform: bool, unit: int) -> dict[st
         D1=d1,
         D2=d2,
         UNIT=unit,
-        PRECISION="ieee" if highest else "tf32",
+        PRECISION=input_precision(itemsize),
     )
 
 

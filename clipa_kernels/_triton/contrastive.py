@@ -316,7 +316,7 @@ def _tile_stats(
         row_lse, col_lse, rows[2],
         m, n, d, *pairs, down, across,
         x.stride(0), y.stride(0),
-        PAIRED=paired, **_slots(config), **constexprs(config, d),
+        PAIRED=paired, **_slots(config), **constexprs(config, d, x.element_size()),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return rows, cols, row_lse, col_lse
@@ -354,7 +354,9 @@ def cases() -> Iterator[Case]:
             signature(dtype)
             | dict.fromkeys(("row_lse_ptr", "col_lse_ptr", "positive_ptr"), "*fp32")
             | dict(down="i32", across="i32"),
-            dict(PAIRED=dtype == torch.float32) | _slots(config) | constexprs(config, width),
+            dict(PAIRED=dtype == torch.float32)
+            | _slots(config)
+            | constexprs(config, width, dtype.itemsize),
             config.num_warps,
             config.num_stages,
             archs,

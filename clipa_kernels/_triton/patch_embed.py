@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, launcher, pointer, sum_partial
+from .common import Case, arch, cdiv, input_precision, launcher, pointer, sum_partial
 from .patch_embed_pixels import first_pixel, kept_patches, load_pixels, unpacked
 from .patch_embed_table import sorted_case, table_grad
 
@@ -231,10 +231,6 @@ def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]
     return strides, layout | dict(WORDS=words, SHIFTED=shifted)
 
 
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 @launcher
 def forward(
     images: Tensor,
@@ -263,7 +259,8 @@ def forward(
         batch * kept, batch, kept, columns, prefix, d, k,
         *strides,
         HAS_KEEP=keep is not None, HAS_BIAS=bias is not None, **layout,
-        EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
+        EVEN_K=k % block["BLOCK_K"] == 0, **block,
+        PRECISION=input_precision(weight.element_size()),
         num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
     )  # fmt: skip
     return out
@@ -300,7 +297,8 @@ def backward(
             batch * kept, kept, columns, prefix, d, k, walked, positions,
             *strides,
             HAS_KEEP=keep is not None, **layout,
-            EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
+            EVEN_K=k % block["BLOCK_K"] == 0, **block,
+            PRECISION=input_precision(weight.element_size()),
             num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
         )  # fmt: skip
     dweight = sum_partial(partial, weight.dtype)[0].view(d, k)

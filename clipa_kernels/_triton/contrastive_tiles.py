@@ -35,7 +35,7 @@ class Config:
 def config_for(width: int, itemsize: int, arch: int) -> Config:
     """The tile for features of `width` columns of `itemsize` bytes, on sm_`arch`."""
     if itemsize == 4 and arch < 90:
-        # fp32 runs on the FMA units, with operands in registers: slices of 32 spill with Triton 3.6.
+        # fp32 runs on the FMA units, operands in registers: slices of 32 spill with Triton 3.6.
         return Config(64, 64, 16, 8, 2)
     if itemsize == 4:
         return Config(32, 64, 32, 4, 2)  # 64 rows spill on sm_90 and sm_100, 32 on sm_80

@@ -58,8 +58,10 @@ def add_layer_norm(
     Source: torch.nn.functional.layer_norm.
     """
     _check_arguments(x, residual, weight, bias, eps)
-    present = [t for t in (x, residual, weight, bias) if t is not None]
-    widest = max(present, key=lambda t: t.dtype.itemsize)
+    widest = x
+    for t in (residual, weight, bias):  # torch 2.8 does not compile a max by key
+        if t is not None and t.dtype.itemsize > widest.dtype.itemsize:
+            widest = t
     impl = choose_impl("add_layer_norm", impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)

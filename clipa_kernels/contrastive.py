@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import _contrastive_ops, _strips
 from ._check import (
+    autocast_dtype,
     choose_impl,
     describe,
     require_float,
@@ -207,9 +208,8 @@ def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor, Tensor]:
     for scalar, value in scalars.items():
         if value.shape not in ((), (1,)):
             raise ValueError(f"{name}: {scalar} must be [] or [1], got {describe(value)}")
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (image.dtype, text.dtype):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(image.device)
+    if dtype is not None and torch.float64 not in (image.dtype, text.dtype):
         return image.to(dtype), text.to(dtype)
     require_same_dtype(name, image=image, text=text)
     return image, text

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import choose_impl, describe, require_float, require_same_device, require_tensor
+from ._check import (
+    autocast_dtype,
+    choose_impl,
+    describe,
+    require_float,
+    require_same_device,
+    require_tensor,
+)
 
 # 2 MB in fp32: what the kernel reads again is still in a cache. EPYC Zen 5, November 2026.
 _CACHED_ELEMENTS = 1 << 19
@@ -70,7 +77,7 @@ def add_layer_norm(
         return y, x if residual is None else total
     total = x if residual is None else (x + residual).to(residual.dtype)
     # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device) is not None:
         with torch.autocast(x.device.type, enabled=False):
             return _layer_norm(total, weight, bias, eps, x.dtype), total
     return _layer_norm(total, weight, bias, eps, x.dtype), total

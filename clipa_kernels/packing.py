@@ -103,7 +103,7 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
         raise ValueError(
             f"{function}: cu_seqlens must be on {tokens.device}, got {describe(cu_seqlens)}"
         )
-    if not isinstance(max_seqlen, Integral | torch.SymInt):
+    if not isinstance(max_seqlen, (Integral, torch.SymInt)):
         raise TypeError(f"{function}: max_seqlen must be an integer, got {max_seqlen!r}")
     if max_seqlen < 0:
         raise ValueError(f"{function}: max_seqlen must be at least 0, got {max_seqlen}")

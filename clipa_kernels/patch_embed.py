@@ -11,11 +11,14 @@ costs nothing, as it is folded into weight and bias. uint8 pixels are exact in b
 the product unrounded.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import (
+    autocast_dtype,
     choose_impl,
     describe,
     readable,
@@ -98,16 +101,15 @@ def patch_embed(
     """
     _check_images(images, weight, bias, mean, std)
     _check_tokens(images, keep, weight, pos_embed, cls_token)
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
+    autocast = autocast_dtype(images.device)
+    dtype = autocast or weight.dtype
     like = images if images.dtype == torch.float64 else weight
     impl = choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
     if impl == "reference":
         args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False) if autocast else nullcontext():
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
             table = pos_embed

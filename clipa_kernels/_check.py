@@ -26,6 +26,15 @@ def readable(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of products on a device where autocast is on, else None."""
+    try:
+        enabled = torch.is_autocast_enabled(device.type)
+    except RuntimeError:  # a device without autocast, as meta; torch 2.8 does not compile asking
+        return None
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
 def require_tensor(function: str, **tensors: object) -> None:
     """TypeError unless every named argument is a tensor, neither sparse nor nested."""
     for name, value in tensors.items():

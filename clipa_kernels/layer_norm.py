@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._check import (
     as_float,
+    autocast_dtype,
     choose_impl,
     describe,
     require_float,
@@ -66,8 +67,10 @@ def add_layer_norm(
     Source: torch.nn.functional.layer_norm.
     """
     eps = _check_arguments(x, residual, weight, bias, eps)
-    present = [t for t in (x, residual, weight, bias) if t is not None]
-    widest = max(present, key=lambda t: t.dtype.itemsize)
+    widest = x
+    for t in (residual, weight, bias):  # torch 2.8 does not compile a max by key
+        if t is not None and t.dtype.itemsize > widest.dtype.itemsize:
+            widest = t
     impl = choose_impl("add_layer_norm", impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
@@ -79,7 +82,7 @@ def add_layer_norm(
     both = torch.promote_types(weight.dtype, bias.dtype)
     weight, bias = weight.to(both), bias.to(both)
     # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device) is not None:
         with torch.autocast(x.device.type, enabled=False):
             return _layer_norm(total, weight, bias, eps, x.dtype), total
     return _layer_norm(total, weight, bias, eps, x.dtype), total

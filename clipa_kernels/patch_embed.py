@@ -12,6 +12,7 @@ the product unrounded.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from numbers import Real
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import (
+    autocast_dtype,
     choose_impl,
     describe,
     readable,
@@ -106,16 +108,15 @@ def patch_embed(
     """
     args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
     mean, std = _checked("patch_embed", *args)
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
+    autocast = autocast_dtype(images.device)
+    dtype = autocast or weight.dtype
     like = images if images.dtype == torch.float64 else weight
     impl = choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
     if impl == "reference":
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
     refuse_tangents("patch_embed", images, weight, bias, pos_embed, cls_token)
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False) if autocast else nullcontext():
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
             table = pos_embed

@@ -151,7 +151,9 @@ def _ptxas(compiled: Any, arch: int) -> tuple[int, int, int]:
     """(registers, spill stores, spill loads) that ptxas tells, called as Triton calls it."""
     from triton import knobs
 
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    tool = knobs.nvidia.ptxas
+    if arch >= 100:
+        tool = getattr(knobs.nvidia, "ptxas_blackwell", tool)  # Triton 3.4 has but one
     ptx = compiled.asm["ptx"]
     extra = (compiled.metadata.ptx_options or "").split()
     if not compiled.metadata.enable_fp_fusion:

@@ -155,7 +155,9 @@ def _ptxas(compiled: Any, arch: int) -> tuple[int, int, int]:
     from triton import knobs
     from triton.backends.nvidia import compiler as nvidia
 
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    tool = knobs.nvidia.ptxas
+    if arch >= 100:
+        tool = getattr(knobs.nvidia, "ptxas_blackwell", tool)  # Triton 3.4 has but one
     ptx = compiled.asm["ptx"]
     extra = (compiled.metadata.ptx_options or "").split()
     if not compiled.metadata.enable_fp_fusion:

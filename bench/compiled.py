@@ -103,10 +103,12 @@ def compile_case(case: Case, arch: int) -> Row:
     if arch not in ARCHS:
         raise ValueError(f"compile_case: arch must be one of {sorted(ARCHS)}, got {arch}")
     signature = _signature(case)
+    unaligned = {param.name for param in case.kernel.params if param.do_not_specialize}
+    unaligned |= set(case.unaligned)
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if name not in case.unaligned and re.match(r"\*|[iu](32|64)$", kind)
+        if name not in unaligned and re.match(r"\*|[iu](32|64)$", kind)
     }
     source = ASTSource(case.kernel, signature, dict(case.constexprs), aligned)
     options = dict(num_warps=case.num_warps, num_stages=case.num_stages)

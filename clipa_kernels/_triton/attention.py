@@ -45,7 +45,7 @@ from .attention_tiles import (
     within_reach,
     zeros,
 )
-from .common import Case, cdiv, pointer
+from .common import Case, cdiv, launcher, pointer
 
 # Chunks of the short forward in 16 bits, where those of chunks() spill or leave three blocks.
 _CUTS = {
@@ -220,6 +220,7 @@ def _attention_short_bwd_kernel(
     )  # fmt: skip
 
 
+@launcher
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
@@ -245,6 +246,7 @@ def forward(
     return out
 
 
+@launcher
 def backward(
     do: Tensor,
     q: Tensor,
@@ -327,5 +329,4 @@ def cases() -> Iterator[Case]:
                 _constants(name, head_dim, dtype.itemsize, longest, causal, uniform, 8),
                 config.num_warps,
                 config.num_stages,
-                unaligned=(*SIZES, *(GRAD_STRIDES if backward else STRIDES)),
             )

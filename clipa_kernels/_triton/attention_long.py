@@ -377,7 +377,6 @@ def long_cases(
         how | dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
         config.num_warps,
         config.num_stages,
-        unaligned=(*SIZES, *STRIDES),
     )
     config = config_for(longest, head_dim, dtype.itemsize)
     yield Case(
@@ -387,5 +386,4 @@ def long_cases(
         _backward_constants(config, longest, head_dim, causal, uniform, 8),
         config.num_warps,
         config.num_stages,
-        unaligned=(*SIZES, *GRAD_STRIDES),
     )

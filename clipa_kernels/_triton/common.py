@@ -3,7 +3,9 @@ tables are listed."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -11,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+_Launcher = TypeVar("_Launcher", bound=Callable)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -36,6 +39,23 @@ def arch() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def launcher(function: _Launcher) -> _Launcher:
+    """Enters the device of the first tensor or torch.device among a launcher's arguments: Triton
+    launches on the current device's stream, and compiles for its architecture, wherever the
+    tensors lie. Nothing off CUDA."""
+
+    @wraps(function)
+    def on_device(*args, **kwargs):
+        place = next(arg for arg in args if isinstance(arg, (Tensor, torch.device)))
+        device = place.device if isinstance(place, Tensor) else place
+        if device.type != "cuda":
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return on_device
+
+
 def pointer(dtype: torch.dtype) -> str:
     """Triton's name for a pointer to a dtype: "*bf16"."""
     names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -54,7 +74,7 @@ def rows_a_program(rows: int, programs: int, least: int) -> int:
     return max(least, cdiv(cdiv(rows, programs), least) * least)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _sum_partial_kernel(
     partial_ptr,
     first_ptr, second_ptr,
@@ -118,7 +138,7 @@ class Case(NamedTuple):
     num_warps, num_stages: as at the launch
     archs: compute capabilities that may get this row, 80 for sm_80
     unaligned: pointers and integers that are no multiple of 16 (bytes, or the value); all others
-        are, which decides how wide loads and stores are
+        are, but those that the kernel does not specialise: it decides how wide loads and stores are
     """
 
     label: str

@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, pointer
+from .common import Case, arch, cdiv, launcher, pointer
 from .contrastive_tiles import (
     LN2,
     LOG2E,
     PART,
+    PLACES,
     Config,
     config_for,
     constexprs,
@@ -76,8 +77,8 @@ def _merge(high, total, moment, other_high, other_total, other_moment):
 def _store_sums(ptr, part, parts, offs, n, mask, high, total, moment, PAIRED: tl.constexpr):
     """Partial sums into planes [parts, n]: the log-sum-exp and the mean cosine; PAIRED, for fp32
     features, the maximum, the mean and the sum: a logarithm of 20 bits has lost 4 of its digits."""
-    ptrs = ptr + part.to(tl.int64) * n + offs
-    plane = parts.to(tl.int64) * n
+    ptrs = ptr + tl.cast(part, tl.int64) * n + offs
+    plane = tl.cast(parts, tl.int64) * n  # a constant where n is 1: it has no .to()
     tl.store(ptrs + plane, tl.where(total > 0.0, moment / total, 0.0), mask=mask)
     if PAIRED:
         tl.store(ptrs, high, mask=mask)
@@ -117,7 +118,7 @@ def _part_stats(
     return row_high, row_sum, row_moment, col_high, col_sum, tl.where(own, moment, col_moment)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*PLACES, "down", "across"])
 def _contrastive_fwd_kernel(
     x_ptr, y_ptr, scale_ptr,
     row_lse_ptr, col_lse_ptr, positive_ptr,
@@ -185,7 +186,7 @@ def _merged(
     high = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     moment = tl.zeros([BLOCK], dtype=tl.float32)
-    plane = parts.to(tl.int64) * n
+    plane = tl.cast(parts, tl.int64) * n
     for part in range(0, parts, PARTS):
         offs_p = part + tl.arange(0, PARTS)
         mask_p = (offs_p < parts)[:, None] & mask[None, :]
@@ -225,7 +226,7 @@ def _finish_half(
     return loss, (moment - total * positive) / divisor, -total / divisor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*PLACES, "row_parts", "col_parts"])
 def _contrastive_merge_kernel(
     row_lse_ptr, col_lse_ptr, scale_ptr,
     rows_ptr, cols_ptr, loss_ptr, slope_ptr,
@@ -274,6 +275,7 @@ def _contrastive_merge_kernel(
         tl.store(cols_ptr + N + offs, total, mask=mask_n)
 
 
+@launcher
 def softmax_forward(
     image: Tensor, text: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -286,6 +288,7 @@ def softmax_forward(
     return loss, rows, cols, slope
 
 
+@launcher
 def softmax_stats(
     image: Tensor, text: Tensor, scale: Tensor, pairs: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:

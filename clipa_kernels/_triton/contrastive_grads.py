@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, pointer
+from .common import Case, arch, cdiv, launcher, pointer
 from .contrastive_tiles import (
     LOG2E,
     PART,
+    PLACES,
     config_for,
     constexprs,
     is_positive,
@@ -73,7 +74,7 @@ def _part_grads(
     return 0.0, 0.0, 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*PLACES, "part0", "tiles"])
 def _contrastive_bwd_kernel(
     x_ptr, y_ptr, scale_ptr, bias_ptr, rows_ptr, cols_ptr, slope_ptr, d_loss_ptr,
     g_ptr, sums_ptr,
@@ -183,6 +184,7 @@ def _last_product_kernel(
         tl.store(out_ptr + place + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launcher
 def softmax_grads(
     image: Tensor,
     text: Tensor,
@@ -220,6 +222,7 @@ def softmax_grads(
     )
 
 
+@launcher
 def sigmoid_pass(
     image: Tensor,
     text: Tensor,

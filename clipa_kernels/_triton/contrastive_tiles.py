@@ -13,6 +13,9 @@ from .common import LOG2_E, pointer
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
 PART = tl.constexpr(32)  # columns of a tile that the work on logits takes at a time
+# Where the pairs lie. Like counts of tiles and parts they align no address: not specialised, one
+# kernel fits all values, and none becomes a constant, as Triton makes of an integer that is 1.
+PLACES = ("first", "begin", "end")
 # Of the features in the cases to compile. A width enters the code only through its rung of
 # config_for and whether it divides into slices: 512 stands for 256, 768, 1024 and 1280.
 WIDTHS = (512, 1000, 100)

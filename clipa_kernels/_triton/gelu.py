@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, pointer, rows_a_program, rows_of, sum_case, sum_partial
+from .common import Case, cdiv, launcher, pointer, rows_a_program, rows_of, sum_case, sum_partial
 
 # A warp's 16-byte loads in bf16 are 256 columns, which divide the hidden widths in use (1536, 3072,
 # 4096, 5120). 16 numbers a thread forward; 8 backward: with 16 a ragged width spills on sm_90.
@@ -75,7 +75,7 @@ def _bias_row(bias_ptr, offs_d, D, HAS_BIAS: tl.constexpr):
         return 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_fwd_kernel(
     x_ptr, bias_ptr,
     y_ptr,
@@ -98,7 +98,7 @@ def _bias_gelu_fwd_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_a_program"])
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr,
     dx_ptr, partial_ptr,
@@ -133,6 +133,7 @@ def _bias_gelu_bwd_kernel(
         tl.store(partial_ptr + strip * D + offs_d, tl.sum(acc, 0), mask=mask_d)
 
 
+@launcher
 def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """gelu(x + bias), dense."""
     flat = rows_of(x)
@@ -151,6 +152,7 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return y
 
 
+@launcher
 def backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_wanted: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, pointer, rows_a_program, rows_of, sum_case, sum_partial
+from .common import Case, cdiv, launcher, pointer, rows_a_program, rows_of, sum_case, sum_partial
 
 _PROGRAMS = 512  # of a backward: about four a processor, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
@@ -65,7 +65,7 @@ def _statistics(total, mask_d, D, eps):
     return centred, 1.0 / tl.sqrt(var + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_a_program"])
 def _add_layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,
     y_ptr, total_ptr,
@@ -100,7 +100,7 @@ def _add_layer_norm_fwd_kernel(
         tl.store(y_ptr + first * D + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_a_program"])
 def _add_layer_norm_bwd_kernel(
     dy_ptr, d_total_ptr, total_ptr, weight_ptr,
     dx_ptr, d_residual_ptr, partial_ptr,
@@ -162,6 +162,7 @@ def _vector(*streams: Tensor) -> int:
     return 16 // max(stream.element_size() for stream in streams)
 
 
+@launcher
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -189,6 +190,7 @@ def forward(
     return y, total
 
 
+@launcher
 def backward(
     dy: Tensor,
     d_total: Tensor | None,

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case
+from .common import Case, launcher
 
 INDEX_BITS = tl.constexpr(10)  # of a patch: 1024 at most
-_KEY = ("seed_low", "seed_high", "step", "first")
+# Numbers that no address is aligned by, so one kernel fits all values; and never a constant, which
+# Triton makes of an integer that is 1 and which has no .to().
+_NUMBERS = ("seed_low", "seed_high", "step", "first", "rows", "columns", "kept", "tall", "wide")
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def _words(seed, step, sample, columns):
     return tl.where(word % 2 == 0, even, odd).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=_KEY)
+@triton.jit(do_not_specialize=_NUMBERS)
 def _choose_patches_kernel(
     keep_ptr,
     seed_low, seed_high, step, first,
@@ -77,6 +79,7 @@ def _choose_patches_kernel(
     tl.store(keep_ptr + image * kept + rank, patch.to(tl.int64), mask=stays)
 
 
+@launcher
 def choose_patches(
     mask: str, batch: int, sizes: list[int], key: tuple[int, ...], device: torch.device
 ) -> Tensor:
@@ -107,12 +110,10 @@ def _warps(block: int) -> int:
 
 def cases() -> Iterator[Case]:
     """The three masks for the largest images, and the smallest block."""
-    signature = dict(keep_ptr="*i64") | dict.fromkeys(_KEY, "i32")
-    signature |= dict.fromkeys(("rows", "columns", "kept", "tall", "wide"), "i32")
-    unaligned = (*_KEY, "rows", "columns", "kept", "tall", "wide")
+    signature = dict(keep_ptr="*i64") | dict.fromkeys(_NUMBERS, "i32")
     for mask, block in (("random", 1024), ("grid", 1024), ("block", 1024), ("random", 16)):
         constexprs = dict(MASK=mask, BLOCK=block)
         yield Case(
             f"{mask} of {block}", _choose_patches_kernel, signature, constexprs,
-            _warps(block), unaligned=unaligned,
+            _warps(block),
         )  # fmt: skip

@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, pointer, sum_partial
+from .common import Case, arch, cdiv, launcher, pointer, sum_partial
 from .patch_embed_pixels import first_pixel, kept_patches, load_pixels, unpacked
 from .patch_embed_table import sorted_case, table_grad
 
 _SPLITS = 8  # of the tokens in the weight's gradient: their sums stay small beside the tokens
 _MOST_BY_PRODUCT = 64  # positions whose gradient comes as further columns of the weight's
+_COUNTS = ("patches", "batch", "kept", "columns", "prefix", "positions")  # they align no address
 
 
 def padded(run: int, dtype: torch.dtype) -> int:
@@ -50,7 +51,7 @@ def _backward_m(dtype: torch.dtype, layout: dict) -> int:
     return 64 if layout["SHIFTED"] else 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _patch_embed_fwd_kernel(
     images_ptr, keep_ptr, weight_ptr, bias_ptr, table_ptr,
     out_ptr,
@@ -128,7 +129,7 @@ def _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D):
     return tl.load(d_out_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _patch_embed_bwd_weight_kernel(
     d_out_ptr, images_ptr, keep_ptr,
     partial_ptr, table_partial_ptr,
@@ -234,6 +235,7 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+@launcher
 def forward(
     images: Tensor,
     keep: Tensor | None,
@@ -267,6 +269,7 @@ def forward(
     return out
 
 
+@launcher
 def backward(
     d_out: Tensor,
     images: Tensor,
@@ -332,8 +335,7 @@ def cases() -> Iterator[Case]:
         inputs = dict(images_ptr=pixels, keep_ptr="*i64") | dict.fromkeys(strides, "i32")
         sizes = ("patches", "kept", "columns", "prefix", "D", "K")
         inputs |= dict.fromkeys(sizes, "i32")
-        unaligned = ("patches", "batch", "kept", "columns", "prefix", "positions")
-        unaligned += strides[1:] if read[1] else ()
+        unaligned = strides[1:] if read[1] else ()
         stages = 3 if dtype.itemsize == 2 else 2
         name = f"{pixels[1:]} {pointer(dtype)[1:]} {side} px, runs of {run}"
         name += {bytes_: "", words: " in words", shifted: " in shifted words"}[read]

@@ -299,7 +299,7 @@ def _constants(
 def _short(
     name: str, *tensors: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Programs, and the constants and staff of either short kernel."""
+    """Programs, and the constants, num_warps and num_stages of either short kernel."""
     x = tensors[0]
     batch = cu_seqlens.shape[0] - 1
     uniform = x.shape[0] == batch * max_seqlen

@@ -24,7 +24,7 @@ SHORT = {2: 64, 4: 16}
 
 @dataclass(frozen=True)
 class Config:
-    """Rows that stay and rows that pass by in a loop, and how a program is staffed."""
+    """Rows that stay, rows that pass by in a loop, and the launch's num_warps and num_stages."""
 
     block_m: int
     block_n: int
@@ -41,7 +41,7 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 32, 8, 1)  # three chunks: steps of 16 spill on sm_90, causal
         return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
     if max_seqlen <= 16:
-        return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
+        return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks an SM
     if max_seqlen <= 32:
         return Config(32, 32, 2, 1)  # 16 rows a warp
     if max_seqlen <= SHORT[2]:
@@ -63,7 +63,7 @@ def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 16, 8, 1)  # 4 warps spill: steps of 32 on sm_80, of 16 on sm_90
         return Config(16, 32, 4, 1)
     # More rows than backward: keys and values are read less often. Two stages of loads leave two
-    # blocks a processor; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
+    # blocks an SM; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
     return Config(128, 32, 8, 2 if head_dim > 64 else 1)
 
 

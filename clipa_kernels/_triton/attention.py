@@ -95,8 +95,7 @@ def _inner(
 
 @triton.jit
 def _store_product(
-    ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn,
-    factor, p, b,
+    ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn, factor, p, b,
     BLOCK: tl.constexpr, APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -196,8 +195,7 @@ def _attention_short_bwd_kernel(
     if APART:  # before v comes, which would need registers beside dO and its product
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-            1.0, tl.trans(p.to(q[0].dtype)), do,
-            BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
+            1.0, tl.trans(p.to(q[0].dtype)), do, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
         )  # fmt: skip
     dp = _inner(
         do, v_ptr + token * stride_vt + head * stride_vh,
@@ -207,8 +205,7 @@ def _attention_short_bwd_kernel(
     if not APART:  # one chunk: earlier it takes a block from sm_80
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-            1.0, tl.trans(p.to(q[0].dtype)), do,
-            BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
+            1.0, tl.trans(p.to(q[0].dtype)), do, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
         )  # fmt: skip
     _store_product(
         dq_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
@@ -230,10 +227,10 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
-    grid, how = _short(
+    grid, launch = _short(
         "forward", q, k, v, out, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
     )
-    unit = how["UNIT"]
+    unit = launch["UNIT"]
     if grid:
         _attention_short_fwd_kernel[(grid,)](
             q, k, v, cu_seqlens,
@@ -241,7 +238,7 @@ def forward(
             q.shape[0], q.shape[1], max_seqlen,
             *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
             scale,
-            **how,
+            **launch,
         )  # fmt: skip
     return out
 
@@ -264,10 +261,10 @@ def backward(
     if max_seqlen > SHORT[q.element_size()]:
         long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
         return
-    grid, how = _short(
+    grid, launch = _short(
         "backward", do, q, k, v, *grads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
     )
-    unit = how["UNIT"]
+    unit = launch["UNIT"]
     if grid:
         _attention_short_bwd_kernel[(grid,)](
             q, k, v, cu_seqlens, do,
@@ -275,7 +272,7 @@ def backward(
             q.shape[0], q.shape[1], max_seqlen,
             *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
             scale,
-            **how,
+            **launch,
         )  # fmt: skip
 
 
@@ -289,11 +286,12 @@ def _constants(
 ) -> dict[str, Any]:
     """Those of the short kernel `name`. In 16 bits the chunks of a head go APART, each read, made
     and written by itself: in the registers of one. In fp32 that takes more than all together."""
-    how = constexprs(head_dim, causal, uniform, unit)
+    constants = constexprs(head_dim, causal, uniform, unit)
     if itemsize == 2 and name == "forward" and head_dim in _CUTS:
-        how |= dict(CHUNKS=_CUTS[head_dim])
-    how |= dict(PACK=pack_for(max_seqlen, uniform), APART=itemsize == 2 and len(how["CHUNKS"]) > 1)
-    return how | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
+        constants |= dict(CHUNKS=_CUTS[head_dim])
+    apart = itemsize == 2 and len(constants["CHUNKS"]) > 1
+    constants |= dict(PACK=pack_for(max_seqlen, uniform), APART=apart)
+    return constants | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
 
 
 def _short(
@@ -304,10 +302,10 @@ def _short(
     batch = cu_seqlens.shape[0] - 1
     uniform = x.shape[0] == batch * max_seqlen
     shape = (x.shape[2], x.element_size(), max_seqlen, causal, uniform)
-    how = _constants(name, *shape, stride_unit(*tensors))
+    launch = _constants(name, *shape, stride_unit(*tensors))
     config = config_for(max_seqlen, x.shape[2], x.element_size())
-    how |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    return cdiv(batch, how["PACK"]) * x.shape[1] if x.shape[0] else 0, how
+    launch |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return cdiv(batch, launch["PACK"]) * x.shape[1] if x.shape[0] else 0, launch
 
 
 def cases() -> Iterator[Case]:

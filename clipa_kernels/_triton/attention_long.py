@@ -47,10 +47,7 @@ from .common import Case, cdiv
 
 
 @triton.jit
-def _scores(
-    q, k, rows, columns, length, scale,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _scores(q, k, rows, columns, length, scale, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """Scores, -inf where a row does not see a column."""
     s = inner(q, k, PRECISION) * scale
     seen = columns < length
@@ -67,8 +64,7 @@ def _attention_long_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     scale,
     UNIFORM: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one block of queries; strides in UNIT elements."""
@@ -102,10 +98,7 @@ def _attention_long_fwd_kernel(
         # [BLOCK_N, D] in chunks
         k = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
-        s = _scores(
-            q, k, offs_m[:, None], offs_n[None, :], length, scale,
-            IS_CAUSAL, PRECISION,
-        )  # fmt: skip
+        s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
         p = tl.exp(s - top[:, None])
         alpha = tl.exp(m_i - top)
@@ -127,8 +120,7 @@ def _query_block(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
     start_m, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of queries; returns their log-sum-exp and rowsum(P * dP)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -152,10 +144,7 @@ def _query_block(
         # [BLOCK_N, D] in chunks
         k = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
-        s = _scores(
-            q, k, offs_m[:, None], offs_n[None, :], length, scale,
-            IS_CAUSAL, PRECISION,
-        )  # fmt: skip
+        s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
         p = tl.exp(s - top[:, None])
         alpha = tl.exp(m_i - top)
@@ -188,8 +177,7 @@ def _key_block(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
     start_n, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dk and dv of a block of BLOCK_N keys; lse, delta: those of all queries."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -314,11 +302,13 @@ def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
 def _backward_constants(
     config: Config, max_seqlen: int, head_dim: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, Any]:
-    how = constexprs(head_dim, causal, uniform, unit)
-    if 96 < head_dim <= 112 and max_seqlen > 512 and config.block_m == 64:  # 16 bits
-        how |= dict(CHUNKS=placed(64, 64))  # with 1024 statistics, 64 + 32 + 16 spill on sm_80
-    how |= dict(LMAX=triton.next_power_of_2(max_seqlen), BLOCK=config.block_m, STEP=config.block_n)
-    return how | dict(TAIL=tail_for(max_seqlen, head_dim, config.block_m, uniform))
+    constants = constexprs(head_dim, causal, uniform, unit)
+    if 96 < head_dim <= 112 and max_seqlen > 512 and config.block_m == 64:
+        # In 16 bits; with 1024 statistics, 64 + 32 + 16 spill on sm_80.
+        constants |= dict(CHUNKS=placed(64, 64))
+    constants |= dict(BLOCK=config.block_m, STEP=config.block_n)
+    constants |= dict(LMAX=triton.next_power_of_2(max_seqlen))
+    return constants | dict(TAIL=tail_for(max_seqlen, head_dim, config.block_m, uniform))
 
 
 def long_forward(

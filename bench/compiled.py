@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -148,17 +149,20 @@ def _signature(case: Case) -> dict[str, str]:
 def _ptxas(compiled: Any, arch: int) -> tuple[int, int, int]:
     """(registers, spill stores, spill loads) that ptxas tells, called as Triton calls it."""
     from triton import knobs
+    from triton.backends.nvidia import compiler as nvidia
 
     tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
     ptx = compiled.asm["ptx"]
     extra = (compiled.metadata.ptx_options or "").split()
     if not compiled.metadata.enable_fp_fusion:
         extra.append("--fmad=false")
+    if "regAllocOptLevel" in inspect.getsource(nvidia):  # newer than Triton 3.6; it moves spills
+        extra.append("--regAllocOptLevel=2")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         name = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
-        flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", *extra, f"--gpu-name={name}"]
+        flags = ["-v", "-lineinfo", *extra, f"--gpu-name={name}"]
         log = _run(tool.path, *flags, path, "-o", path.with_suffix(".cubin"))
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)

@@ -178,10 +178,55 @@ CALLS = {
 }
 
 
+def launchers() -> dict[str, Callable[[], object]]:
+    """Each launcher, on tensors of cuda:1."""
+    from clipa_kernels._triton import (
+        attention,
+        contrastive,
+        contrastive_grads,
+        gelu,
+        layer_norm,
+        masking,
+        patch_embed,
+    )
+
+    with torch.device("cuda:1") as device:
+        x, row, one = torch.empty(16, 16), torch.empty(16), torch.empty(())
+        q, ends = torch.empty(16, 1, 64), torch.empty(2, dtype=torch.int32)
+        images, weight, token = torch.empty(1, 3, 8, 8), torch.empty(16, 192), torch.empty(1, 1, 16)
+        stats = torch.empty(3, 16), torch.empty(2, 16), one, one
+    pairs, wanted, how = (0, 0, 16), (True, True, True, True), (16, False, 1.0)
+    return {
+        "gelu": lambda: gelu.forward(x, row, "none"),
+        "gelu backward": lambda: gelu.backward(x, x, row, "none", True),
+        "layer_norm": lambda: layer_norm.forward(x, x, row, row, 1e-5),
+        "layer_norm backward": lambda: layer_norm.backward(x, None, x, row, 1e-5, x.dtype),
+        "attention": lambda: attention.forward(q, q, q, ends, *how),
+        "attention backward": lambda: attention.backward(q, q, q, q, ends, (q, q, q), *how),
+        "loss": lambda: contrastive.softmax_forward(x, x, one),
+        "loss backward": lambda: contrastive_grads.softmax_grads(
+            x, x, one, *stats, pairs, wanted[:3]
+        ),
+        "loss over a group": lambda: contrastive.softmax_stats(x, x, one, pairs),
+        "sigmoid": lambda: contrastive_grads.sigmoid_pass(x, x, one, one, pairs, wanted),
+        "masks": lambda: masking.choose_patches("grid", 1, [2, 2, 1, 0, 0], (0, 0, 0, 0), device),
+        "stem": lambda: patch_embed.forward(images, None, weight, row, x[:1], 8, 0),
+        "stem backward": lambda: patch_embed.backward(token, images, None, weight, 8, 0, 1),
+    }
+
+
 def idle_driver(launched: Counter):
-    """Triton's driver of an H100 that takes CPU tensors; a launch is counted, and does nothing."""
+    """Triton's driver of an H100 that takes CPU tensors; a launch is counted, and does nothing.
+    Compilers stop at LLVM."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import GPUDriver
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def no_code(_self, _source, metadata, *_):
+        metadata["name"] = ""
+        return ""
+
+    CUDABackend.make_ptx, CUDABackend.make_cubin = no_code, lambda *_: b""
 
     class Utils:
         unload_module = set_printf_fifo_size = staticmethod(lambda *_: None)
@@ -215,15 +260,8 @@ def idle_driver(launched: Counter):
     return Driver()
 
 
-def run_calls(op: str) -> tuple[str, dict[str, list[str]], dict[str, int]]:
-    """(op, calls by what they raise, launches by kernel)."""
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    def no_code(_self, _source, metadata, *_):
-        metadata["name"] = ""
-        return ""
-
-    CUDABackend.make_ptx, CUDABackend.make_cubin = no_code, lambda *_: b""
+def run_calls(op: str) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Calls by what they raise, and launches by kernel."""
     launched = Counter()
     triton.runtime.driver.set_active(idle_driver(launched))
     failed = {}
@@ -234,12 +272,40 @@ def run_calls(op: str) -> tuple[str, dict[str, list[str]], dict[str, int]]:
             while error.__cause__ is not None:
                 error = error.__cause__
             failed.setdefault(f"{type(error).__name__}: {error}", []).append(label)
-    return op, failed, launched
+    return failed, launched
+
+
+def current_devices() -> dict[str, list[int]]:
+    """Devices that are current at the launches of each launcher, 0 being current outside."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    current, seen = [0], []
+
+    def exchange(index: int) -> int:
+        before, current[0] = current[0], index
+        return before
+
+    # Two GPUs: one of them is current, and memory has addresses.
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = exchange
+    FakeTensor.data_ptr = lambda _: 0
+    driver = idle_driver(Counter())
+    driver.get_current_device = lambda: seen.append(current[0]) or current[0]
+    triton.runtime.driver.set_active(driver)
+    devices = {}
+    with FakeTensorMode():
+        for name, launch in launchers().items():
+            seen.clear()
+            launch()
+            assert seen and current == [0], name
+            devices[name] = sorted(set(seen))
+    return devices
 
 
 def main() -> None:
     with ProcessPoolExecutor(2) as pool:
-        print(json.dumps(list(pool.map(run_calls, CALLS))))
+        devices = pool.submit(current_devices)
+        outcomes = dict(zip(CALLS, pool.map(run_calls, CALLS), strict=True))
+        print(json.dumps([outcomes, devices.result()]))
 
 
 @pytest.fixture(scope="module")
@@ -250,19 +316,24 @@ def outcomes(tmp_path_factory):
         [sys.executable, __file__], env=env, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    return {op: rest for op, *rest in json.loads(run.stdout.splitlines()[-1])}
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_it_binds_and_compiles(outcomes, op):
-    failed, launched = outcomes[op]
+    failed, launched = outcomes[0][op]
     assert launched
     assert not failed, "\n".join(f"{calls[:5]}: {error}" for error, calls in failed.items())
 
 
 def test_every_kernel_is_launched(outcomes):
-    launched = {name for _, kernels in outcomes.values() for name in kernels}
+    launched = {name for _, kernels in outcomes[0].values() for name in kernels}
     assert launched == {case.kernel.__name__ for case in discovered()}
+
+
+def test_kernels_run_where_their_tensors_lie(outcomes):
+    """On the second of two GPUs, while the first is current."""
+    assert outcomes[1] and all(devices == [1] for devices in outcomes[1].values()), outcomes[1]
 
 
 if __name__ == "__main__":

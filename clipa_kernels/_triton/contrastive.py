@@ -28,8 +28,8 @@ from .contrastive_tiles import (
     PART,
     PLACES,
     Config,
-    config_for,
     constexprs,
+    forward_config,
     is_positive,
     log1p,
     narrow_parts,
@@ -304,7 +304,7 @@ def _tile_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = rowwise(image), rowwise(text)
     (m, d), n = x.shape, y.shape[0]
-    config = config_for(d, x.element_size(), arch())
+    config = forward_config(d, x.element_size(), arch())
     tiles_m, tiles_n = cdiv(m, config.block_m), cdiv(n, config.block_n)
     down, across = block_for(tiles_m, tiles_n)
     blocks_m, blocks_n = cdiv(tiles_m, down), cdiv(tiles_n, across)
@@ -348,7 +348,7 @@ def _merge_launch(
 def cases() -> Iterator[Case]:
     """Every rung of the table with every variant of the kernels."""
     for dtype, width, archs in rungs():
-        config = config_for(width, dtype.itemsize, archs[0])
+        config = forward_config(width, dtype.itemsize, archs[0])
         yield Case(
             f"forward {pointer(dtype)[1:]} D={width}",
             _contrastive_fwd_kernel,

@@ -63,7 +63,8 @@ def _sigmoid_part(cosine, scale, bias, pair, inside):
     s = scale * cosine + bias
     s = tl.where(pair, -s, s)
     e = tl.exp(-tl.abs(s))
-    loss = tl.sum(tl.sum(tl.where(inside, tl.maximum(s, 0.0) + log1p(e), 0.0), 1), 0)
+    # Over both axes at once: one after the other, Triton 3.6 fails on sm_100.
+    loss = tl.sum(tl.where(inside, tl.maximum(s, 0.0) + log1p(e), 0.0))
     g = tl.where(s >= 0.0, 1.0, e) / (1.0 + e)
     return tl.where(pair, -g, g), loss
 
@@ -135,8 +136,8 @@ def _contrastive_bwd_kernel(
             tl.store(g_ptrs, (g * factor).to(g_ptr.dtype.element_ty), mask=stored)
         if sums_ptr is not None:
             loss += part_loss
-            d_scale += tl.sum(tl.sum(g * parts[part], 1), 0)
-            d_bias += tl.sum(tl.sum(g, 1), 0)
+            d_scale += tl.sum(g * parts[part])
+            d_bias += tl.sum(g)
     if sums_ptr is not None:
         tiles_n = tl.cdiv(N, BLOCK_N)
         tiles = tl.cdiv(M, BLOCK_M) * tiles_n

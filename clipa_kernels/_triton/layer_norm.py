@@ -138,7 +138,9 @@ def _add_layer_norm_bwd_kernel(
         if partial_ptr is not None:
             d_weight += dy * normal
             d_bias += dy
-        g = dy * weight
+        # Chosen, so that no difference below is taken of a product before it is rounded: g less its
+        # mean is 0 where a row is one number, and 1 / deviation is large there.
+        g = tl.where(mask_d, dy * weight, 0.0)
         mean_g = tl.sum(g, 1) / D
         mean_gn = tl.sum(g * normal, 1) / D
         d = rstd[:, None] * (g - mean_g[:, None] - normal * mean_gn[:, None])

@@ -33,6 +33,8 @@ from .attention_tiles import (
     inner,
     load_chunk,
     load_rows,
+    placed,
+    scaled,
     sequence,
     shapes,
     signature,
@@ -47,9 +49,9 @@ from .common import Case, cdiv, launcher, pointer
 
 # Chunks of the short forward in 16 bits, where those of chunks() spill or leave three blocks.
 _CUTS = {
-    104: (64, 16, 32),  # 64 + 32 + 16 spill on sm_80, causal and ragged
-    120: (64, 32, 32),  # with 64 + 64 three blocks on sm_80
-    128: (64, 32, 32),
+    104: placed(64, 16, 32),  # 64 + 32 + 16 spill on sm_80, causal and ragged
+    120: placed(64, 32, 32),  # with 64 + 64 three blocks on sm_80
+    128: placed(64, 32, 32),
 }
 
 
@@ -75,52 +77,40 @@ def _probabilities(
 
 @triton.jit
 def _inner(
-    a0, a1, a2, ptr, offs_m, mask_m, stride, turn,
-    APART: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+    a, ptr, offs_m, mask_m, stride, turn,
+    APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a @ b.T with b read here, its chunks one by one where APART, fp32."""
     if APART:
-        b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
-        acc = tl.dot(a0, tl.trans(b), input_precision=PRECISION)
-        if D1 > 0:
-            b = load_chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
-            acc = tl.dot(a1, tl.trans(b), acc, input_precision=PRECISION)
-        if D2 > 0:
-            b = load_chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
-            acc = tl.dot(a2, tl.trans(b), acc, input_precision=PRECISION)
+        b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, CHUNKS, HEAD_DIM)
+        acc = tl.dot(a[0], tl.trans(b), input_precision=PRECISION)
+        for i in tl.static_range(1, len(CHUNKS)):
+            b = load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM)
+            acc = tl.dot(a[i], tl.trans(b), acc, input_precision=PRECISION)
     else:
-        b0, b1, b2 = load_rows(ptr, offs_m, mask_m, stride, turn, HEAD_DIM, D0, D1, D2)
-        acc = inner(a0, a1, a2, b0, b1, b2, D1, D2, PRECISION)
+        b = load_rows(ptr, offs_m, mask_m, stride, turn, CHUNKS, HEAD_DIM)
+        acc = inner(a, b, PRECISION)
     return acc
 
 
 @triton.jit
 def _store_product(
-    ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn,
-    factor, p, b0, b1, b2,
-    BLOCK: tl.constexpr, APART: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ptr, token, head, stride_t, stride_h, offs_m, mask_m, turn, factor, p, b,
+    BLOCK: tl.constexpr, APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write factor * p @ b, where APART chunk by chunk, the widest, which is the first, last."""
     if APART:
         ptr += token * stride_t + head * stride_h
-        p = p.to(b0.dtype)
-        if D2 > 0:
-            x = tl.dot(p, b2, input_precision=PRECISION) * factor
-            store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, D0 + D1, D2, HEAD_DIM)
-        if D1 > 0:
-            x = tl.dot(p, b1, input_precision=PRECISION) * factor
-            store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, D0, D1, HEAD_DIM)
-        x = tl.dot(p, b0, input_precision=PRECISION) * factor
-        store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, 0, D0, HEAD_DIM)
+        p = p.to(b[0].dtype)
+        for i in tl.static_range(len(CHUNKS) - 1, -1, -1):
+            x = tl.dot(p, b[i], input_precision=PRECISION) * factor
+            store_chunk(ptr, offs_m, mask_m, stride_t * UNIT, turn, x, i, CHUNKS, HEAD_DIM)
     else:
-        x0, x1, x2 = zeros(BLOCK, D0, D1, D2)
-        x0, x1, x2 = accumulate(x0, x1, x2, p, b0, b1, b2, D1, D2, PRECISION)
+        x = accumulate(zeros(BLOCK, CHUNKS), p, b, PRECISION)
         store_rows(  # the address is made here: before the product, 17x88 spills on sm_90
             ptr + token * stride_t + head * stride_h, offs_m, mask_m, stride_t * UNIT, turn,
-            x0 * factor, x1 * factor, x2 * factor, HEAD_DIM, D0, D1, D2,
+            scaled(x, factor), CHUNKS, HEAD_DIM,
         )  # fmt: skip
 
 
@@ -132,12 +122,11 @@ def _attention_short_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    APART: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one tile; strides in UNIT elements."""
-    turn = turn_of(tl.program_id(0) % H, HEAD_DIM, D1)
+    turn = turn_of(tl.program_id(0) % H, CHUNKS, HEAD_DIM)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
@@ -146,23 +135,23 @@ def _attention_short_fwd_kernel(
     offs_m = tl.arange(0, BLOCK)
     mask_m = offs_m < length
     # [BLOCK, D] in chunks
-    q0, q1, q2 = load_rows(
+    q = load_rows(
         q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+        CHUNKS, HEAD_DIM,
     )  # fmt: skip
     # [BLOCK, BLOCK]
     s = _inner(
-        q0, q1, q2, k_ptr + token * stride_kt + head * stride_kh,
-        offs_m, mask_m, stride_kt * UNIT, turn, APART, HEAD_DIM, D0, D1, D2, PRECISION,
+        q, k_ptr + token * stride_kt + head * stride_kh,
+        offs_m, mask_m, stride_kt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
-    v0, v1, v2 = load_rows(
+    v = load_rows(
         v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+        CHUNKS, HEAD_DIM,
     )  # fmt: skip
     _store_product(
         o_ptr, token, head, stride_ot, stride_oh, offs_m, mask_m, turn,
-        1.0, p, v0, v1, v2, BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        1.0, p, v, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -175,12 +164,11 @@ def _attention_short_bwd_kernel(
     stride_gt, stride_gh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    APART: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of one tile; strides in UNIT elements, those of the three gradients alike."""
-    turn = turn_of(tl.program_id(0) % H, HEAD_DIM, D1)
+    turn = turn_of(tl.program_id(0) % H, CHUNKS, HEAD_DIM)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
@@ -189,45 +177,43 @@ def _attention_short_bwd_kernel(
     offs_m = tl.arange(0, BLOCK)
     mask_m = offs_m < length
     # [BLOCK, D] in chunks
-    q0, q1, q2 = load_rows(
+    q = load_rows(
         q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+        CHUNKS, HEAD_DIM,
     )  # fmt: skip
-    k0, k1, k2 = load_rows(
+    k = load_rows(
         k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+        CHUNKS, HEAD_DIM,
     )  # fmt: skip
     # [BLOCK, BLOCK]
-    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    s = inner(q, k, PRECISION)
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
-    do0, do1, do2 = load_rows(
+    do = load_rows(
         do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+        CHUNKS, HEAD_DIM,
     )  # fmt: skip
     if APART:  # before v comes, which would need registers beside dO and its product
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-            1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
-            BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+            1.0, tl.trans(p.to(q[0].dtype)), do, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
         )  # fmt: skip
     dp = _inner(
-        do0, do1, do2, v_ptr + token * stride_vt + head * stride_vh,
-        offs_m, mask_m, stride_vt * UNIT, turn, APART, HEAD_DIM, D0, D1, D2, PRECISION,
+        do, v_ptr + token * stride_vt + head * stride_vh,
+        offs_m, mask_m, stride_vt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION,
     )  # fmt: skip
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q0.dtype)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q[0].dtype)
     if not APART:  # one chunk: earlier it takes a block from sm_80
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-            1.0, tl.trans(p.to(q0.dtype)), do0, do1, do2,
-            BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+            1.0, tl.trans(p.to(q[0].dtype)), do, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
         )  # fmt: skip
     _store_product(
         dq_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-        scale, ds, k0, k1, k2, BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        scale, ds, k, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
     )  # fmt: skip
     _store_product(
         dk_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
-        scale, tl.trans(ds), q0, q1, q2, BLOCK, APART, HEAD_DIM, D0, D1, D2, UNIT, PRECISION,
+        scale, tl.trans(ds), q, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
     )  # fmt: skip
 
 
@@ -241,10 +227,10 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
-    grid, how = _short(
+    grid, launch = _short(
         "forward", q, k, v, out, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
     )
-    unit = how["UNIT"]
+    unit = launch["UNIT"]
     if grid:
         _attention_short_fwd_kernel[(grid,)](
             q, k, v, cu_seqlens,
@@ -252,7 +238,7 @@ def forward(
             q.shape[0], q.shape[1], max_seqlen,
             *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
             scale,
-            **how,
+            **launch,
         )  # fmt: skip
     return out
 
@@ -275,10 +261,10 @@ def backward(
     if max_seqlen > SHORT[q.element_size()]:
         long_backward(do, q, k, v, cu_seqlens, grads, max_seqlen, causal, scale)
         return
-    grid, how = _short(
+    grid, launch = _short(
         "backward", do, q, k, v, *grads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
     )
-    unit = how["UNIT"]
+    unit = launch["UNIT"]
     if grid:
         _attention_short_bwd_kernel[(grid,)](
             q, k, v, cu_seqlens, do,
@@ -286,7 +272,7 @@ def backward(
             q.shape[0], q.shape[1], max_seqlen,
             *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
             scale,
-            **how,
+            **launch,
         )  # fmt: skip
 
 
@@ -300,25 +286,26 @@ def _constants(
 ) -> dict[str, Any]:
     """Those of the short kernel `name`. In 16 bits the chunks of a head go APART, each read, made
     and written by itself: in the registers of one. In fp32 that takes more than all together."""
-    how = constexprs(head_dim, itemsize, causal, uniform, unit)
+    constants = constexprs(head_dim, itemsize, causal, uniform, unit)
     if itemsize == 2 and name == "forward" and head_dim in _CUTS:
-        how |= zip(("D0", "D1", "D2"), _CUTS[head_dim], strict=True)
-    how |= dict(PACK=pack_for(max_seqlen, uniform), APART=itemsize == 2 and how["D1"] > 0)
-    return how | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
+        constants |= dict(CHUNKS=_CUTS[head_dim])
+    apart = itemsize == 2 and len(constants["CHUNKS"]) > 1
+    constants |= dict(PACK=pack_for(max_seqlen, uniform), APART=apart)
+    return constants | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
 
 
 def _short(
     name: str, *tensors: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Programs, and the constants and staff of either short kernel."""
+    """Programs, and the constants, num_warps and num_stages of either short kernel."""
     x = tensors[0]
     batch = cu_seqlens.shape[0] - 1
     uniform = x.shape[0] == batch * max_seqlen
     shape = (x.shape[2], x.element_size(), max_seqlen, causal, uniform)
-    how = _constants(name, *shape, stride_unit(*tensors))
+    launch = _constants(name, *shape, stride_unit(*tensors))
     config = config_for(max_seqlen, x.shape[2], x.element_size())
-    how |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    return cdiv(batch, how["PACK"]) * x.shape[1] if x.shape[0] else 0, how
+    launch |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return cdiv(batch, launch["PACK"]) * x.shape[1] if x.shape[0] else 0, launch
 
 
 def cases() -> Iterator[Case]:

@@ -33,8 +33,11 @@ from .attention_tiles import (
     forward_config,
     inner,
     load_rows,
+    placed,
+    scaled,
     sequence,
     signature,
+    store_chunk,
     store_rows,
     stride_unit,
     turn_of,
@@ -44,12 +47,9 @@ from .common import Case, cdiv
 
 
 @triton.jit
-def _scores(
-    q0, q1, q2, k0, k1, k2, rows, columns, length, scale,
-    IS_CAUSAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _scores(q, k, rows, columns, length, scale, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """Scores, -inf where a row does not see a column."""
-    s = inner(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION) * scale
+    s = inner(q, k, PRECISION) * scale
     seen = columns < length
     if IS_CAUSAL:
         seen = seen & (columns <= rows)
@@ -64,14 +64,13 @@ def _attention_long_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     scale,
     UNIFORM: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one block of queries; strides in UNIT elements."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     start_m = tl.program_id(0) % blocks * BLOCK_M
-    turn = turn_of(tl.program_id(0) // blocks % H, HEAD_DIM, D1)
+    turn = turn_of(tl.program_id(0) // blocks % H, CHUNKS, HEAD_DIM)
     head = (tl.program_id(0) // blocks % H).to(tl.int64) * UNIT
     index = (tl.program_id(0) // blocks // H).to(tl.int64)
     first, length = sequence(cu_seqlens_ptr, index, T, max_seqlen, UNIFORM, 1)
@@ -81,11 +80,11 @@ def _attention_long_fwd_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < length
     # [BLOCK_M, D] in chunks
-    q0, q1, q2 = load_rows(
+    q = load_rows(
         q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
-        HEAD_DIM, D0, D1, D2,
+        CHUNKS, HEAD_DIM,
     )  # fmt: skip
-    o0, o1, o2 = zeros(BLOCK_M, D0, D1, D2)
+    o = zeros(BLOCK_M, CHUNKS)
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     end = length
@@ -97,27 +96,22 @@ def _attention_long_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
-        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, turn, HEAD_DIM, D0, D1, D2)
+        k = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
-        s = _scores(
-            q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
-            IS_CAUSAL, D1, D2, PRECISION,
-        )  # fmt: skip
+        s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
         p = tl.exp(s - top[:, None])
         alpha = tl.exp(m_i - top)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = top
-        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, turn, HEAD_DIM, D0, D1, D2)
+        v = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM)
         alpha = alpha[:, None]
-        o0, o1, o2 = accumulate(
-            o0 * alpha, o1 * alpha, o2 * alpha, p, v0, v1, v2, D1, D2, PRECISION
-        )
+        o = accumulate(scaled(o, alpha), p, v, PRECISION)
     # The largest counted as 1, so a sum below 1 is that of a row beyond the length.
     by_sum = (1.0 / tl.maximum(l_i, 1.0))[:, None]
     store_rows(
         o_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
-        o0 * by_sum, o1 * by_sum, o2 * by_sum, HEAD_DIM, D0, D1, D2,
+        scaled(o, by_sum), CHUNKS, HEAD_DIM,
     )  # fmt: skip
 
 
@@ -126,22 +120,21 @@ def _query_block(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
     start_m, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of queries; returns their log-sum-exp and rowsum(P * dP)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < length
     # [BLOCK_M, D] in chunks
-    q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, turn, HEAD_DIM, D0, D1, D2)
-    do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, HEAD_DIM, D0, D1, D2)
+    q = load_rows(q_ptr, offs_m, mask_m, stride_q, turn, CHUNKS, HEAD_DIM)
+    do = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, CHUNKS, HEAD_DIM)
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     delta = tl.zeros([BLOCK_M], dtype=tl.float32)
     a_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     centre = tl.zeros([BLOCK_M], dtype=tl.float32)
-    a0, a1, a2 = zeros(BLOCK_M, D0, D1, D2)
-    b0, b1, b2 = zeros(BLOCK_M, D0, D1, D2)
+    a = zeros(BLOCK_M, CHUNKS)
+    b = zeros(BLOCK_M, CHUNKS)
     end = length
     if IS_CAUSAL:
         end = tl.minimum(length, start_m + BLOCK_M)
@@ -149,42 +142,33 @@ def _query_block(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
-        k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
+        k = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
-        s = _scores(
-            q0, q1, q2, k0, k1, k2, offs_m[:, None], offs_n[None, :], length, scale,
-            IS_CAUSAL, D1, D2, PRECISION,
-        )  # fmt: skip
+        s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
         p = tl.exp(s - top[:, None])
         alpha = tl.exp(m_i - top)
         m_i = top
         p_sum = tl.sum(p, 1)
         l_i = l_i * alpha + p_sum
-        v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
-        dp = inner(do0, do1, do2, v0, v1, v2, D1, D2, PRECISION)
+        v = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, CHUNKS, HEAD_DIM)
+        dp = inner(do, v, PRECISION)
         p_dp = tl.sum(p * dp, 1)
         delta = delta * alpha + p_dp
         # The first keys' mean of dP: what is rounded below is small where dP varies little.
         centre = tl.where(start_n == 0, p_dp / tl.maximum(p_sum, 1.0), centre)
         # Rounded as the product takes it: dQ's terms cancel where one key has all the weight.
-        p_dp = (p * (dp - centre[:, None])).to(k0.dtype)
+        p_dp = (p * (dp - centre[:, None])).to(k[0].dtype)
         a_sum = a_sum * alpha + tl.sum(p_dp.to(tl.float32), 1)
         alpha = alpha[:, None]
-        b0, b1, b2 = accumulate(
-            b0 * alpha, b1 * alpha, b2 * alpha, p, k0, k1, k2, D1, D2, PRECISION
-        )
-        a0, a1, a2 = accumulate(
-            a0 * alpha, a1 * alpha, a2 * alpha, p_dp, k0, k1, k2, D1, D2, PRECISION
-        )
+        b = accumulate(scaled(b, alpha), p, k, PRECISION)
+        a = accumulate(scaled(a, alpha), p_dp, k, PRECISION)
     by_sum = 1.0 / tl.maximum(l_i, 1.0)
     d_i = (a_sum * by_sum)[:, None]
     factor = (scale * by_sum)[:, None]
-    store_rows(
-        dq_ptr, offs_m, mask_m, stride_g, turn,
-        (a0 - d_i * b0) * factor, (a1 - d_i * b1) * factor, (a2 - d_i * b2) * factor,
-        HEAD_DIM, D0, D1, D2,
-    )  # fmt: skip
+    for i in tl.static_range(len(CHUNKS)):
+        dq = (a[i] - d_i * b[i]) * factor
+        store_chunk(dq_ptr, offs_m, mask_m, stride_g, turn, dq, i, CHUNKS, HEAD_DIM)
     return m_i + tl.log(tl.maximum(l_i, 1.0)), delta * by_sum
 
 
@@ -193,17 +177,16 @@ def _key_block(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
     start_n, length, stride_q, stride_k, stride_v, stride_o, stride_g, turn, scale,
     IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dk and dv of a block of BLOCK_N keys; lse, delta: those of all queries."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < length
     # [BLOCK_N, D] in chunks
-    k0, k1, k2 = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, HEAD_DIM, D0, D1, D2)
-    v0, v1, v2 = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, HEAD_DIM, D0, D1, D2)
-    dk0, dk1, dk2 = zeros(BLOCK_N, D0, D1, D2)
-    dv0, dv1, dv2 = zeros(BLOCK_N, D0, D1, D2)
+    k = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, CHUNKS, HEAD_DIM)
+    v = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, CHUNKS, HEAD_DIM)
+    dk = zeros(BLOCK_N, CHUNKS)
+    dv = zeros(BLOCK_N, CHUNKS)
     begin = 0
     if IS_CAUSAL:
         begin = start_n // BLOCK_M * BLOCK_M
@@ -211,23 +194,20 @@ def _key_block(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
         # [BLOCK_M, D] in chunks
-        q0, q1, q2 = load_rows(q_ptr, offs_m, mask_m, stride_q, turn, HEAD_DIM, D0, D1, D2)
-        do0, do1, do2 = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, HEAD_DIM, D0, D1, D2)
+        q = load_rows(q_ptr, offs_m, mask_m, stride_q, turn, CHUNKS, HEAD_DIM)
+        do = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_N, BLOCK_M]: rows are keys, so both products below take it from registers
-        s = inner(k0, k1, k2, q0, q1, q2, D1, D2, PRECISION) * scale
+        s = inner(k, q, PRECISION) * scale
         seen = mask_n[:, None] & mask_m[None, :]
         if IS_CAUSAL:
             seen = seen & (offs_n[:, None] <= offs_m[None, :])
         p = tl.where(seen, tl.exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
-        dv0, dv1, dv2 = accumulate(dv0, dv1, dv2, p, do0, do1, do2, D1, D2, PRECISION)
-        dp = inner(v0, v1, v2, do0, do1, do2, D1, D2, PRECISION)
+        dv = accumulate(dv, p, do, PRECISION)
+        dp = inner(v, do, PRECISION)
         ds = p * (dp - tl.gather(delta, offs_m, 0)[None, :])
-        dk0, dk1, dk2 = accumulate(dk0, dk1, dk2, ds, q0, q1, q2, D1, D2, PRECISION)
-    store_rows(
-        dk_ptr, offs_n, mask_n, stride_g, turn, dk0 * scale, dk1 * scale, dk2 * scale,
-        HEAD_DIM, D0, D1, D2,
-    )  # fmt: skip
-    store_rows(dv_ptr, offs_n, mask_n, stride_g, turn, dv0, dv1, dv2, HEAD_DIM, D0, D1, D2)
+        dk = accumulate(dk, ds, q, PRECISION)
+    store_rows(dk_ptr, offs_n, mask_n, stride_g, turn, scaled(dk, scale), CHUNKS, HEAD_DIM)
+    store_rows(dv_ptr, offs_n, mask_n, stride_g, turn, dv, CHUNKS, HEAD_DIM)
 
 
 @triton.jit
@@ -248,7 +228,7 @@ def _attention_long_bwd_kernel(
     scale,
     UNIFORM: tl.constexpr, IS_CAUSAL: tl.constexpr, LMAX: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of one sequence and head; strides in UNIT elements, gradients' alike.
@@ -256,7 +236,7 @@ def _attention_long_bwd_kernel(
     BLOCK rows stay while STEP rows pass by; the last max_seqlen % BLOCK rows in a block of TAIL,
     which is 0 where lengths differ.
     """
-    turn = turn_of(tl.program_id(0) % H, HEAD_DIM, D1)
+    turn = turn_of(tl.program_id(0) % H, CHUNKS, HEAD_DIM)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, 1
@@ -280,7 +260,7 @@ def _attention_long_bwd_kernel(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
             start_m, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
-            IS_CAUSAL, BLOCK, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
+            IS_CAUSAL, BLOCK, STEP, CHUNKS, HEAD_DIM, PRECISION,
         )  # fmt: skip
         lse = _put(lse, start_m, lse_i, LMAX, BLOCK)
         delta = _put(delta, start_m, d_i, LMAX, BLOCK)
@@ -289,7 +269,7 @@ def _attention_long_bwd_kernel(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
             full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
-            IS_CAUSAL, TAIL, STEP, HEAD_DIM, D0, D1, D2, PRECISION,
+            IS_CAUSAL, TAIL, STEP, CHUNKS, HEAD_DIM, PRECISION,
         )  # fmt: skip
         lse = _put(lse, full, lse_i, LMAX, TAIL)
         delta = _put(delta, full, d_i, LMAX, TAIL)
@@ -298,14 +278,14 @@ def _attention_long_bwd_kernel(
             q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
             start_n, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
-            IS_CAUSAL, STEP, BLOCK, HEAD_DIM, D0, D1, D2, PRECISION,
+            IS_CAUSAL, STEP, BLOCK, CHUNKS, HEAD_DIM, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         _key_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse, delta,
             full, length, stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT,
             stride_ot * UNIT, stride_gt * UNIT, turn, scale,
-            IS_CAUSAL, STEP, TAIL, HEAD_DIM, D0, D1, D2, PRECISION,
+            IS_CAUSAL, STEP, TAIL, CHUNKS, HEAD_DIM, PRECISION,
         )  # fmt: skip
 
 
@@ -322,11 +302,13 @@ def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
 def _backward_constants(
     config: Config, longest: int, head_dim: int, size: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, Any]:
-    how = constexprs(head_dim, size, causal, uniform, unit)
-    if 96 < head_dim <= 112 and longest > 512 and config.block_m == 64:  # 16 bits
-        how |= dict(D0=64, D1=64, D2=0)  # with 1024 statistics, 64 + 32 + 16 spill on sm_80
-    how |= dict(LMAX=triton.next_power_of_2(longest), BLOCK=config.block_m, STEP=config.block_n)
-    return how | dict(TAIL=tail_for(longest, head_dim, config.block_m, uniform))
+    constants = constexprs(head_dim, size, causal, uniform, unit)
+    if 96 < head_dim <= 112 and longest > 512 and config.block_m == 64:
+        # In 16 bits; with 1024 statistics, 64 + 32 + 16 spill on sm_80.
+        constants |= dict(CHUNKS=placed(64, 64))
+    constants |= dict(BLOCK=config.block_m, STEP=config.block_n)
+    constants |= dict(LMAX=triton.next_power_of_2(longest))
+    return constants | dict(TAIL=tail_for(longest, head_dim, config.block_m, uniform))
 
 
 def long_forward(

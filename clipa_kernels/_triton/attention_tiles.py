@@ -24,7 +24,7 @@ SHORT = {2: 64, 4: 16}
 
 @dataclass(frozen=True)
 class Config:
-    """Rows that stay and rows that pass by in a loop, and how a program is staffed."""
+    """Rows that stay, rows that pass by in a loop, and the launch's num_warps and num_stages."""
 
     block_m: int
     block_n: int
@@ -41,7 +41,7 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 32, 8, 1)  # three chunks: steps of 16 spill on sm_90, causal
         return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
     if max_seqlen <= 16:
-        return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks a processor
+        return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks an SM
     if max_seqlen <= 32:
         return Config(32, 32, 2, 1)  # 16 rows a warp
     if max_seqlen <= SHORT[2]:
@@ -63,19 +63,23 @@ def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 16, 8, 1)  # 4 warps spill: steps of 32 on sm_80, of 16 on sm_90
         return Config(16, 32, 4, 1)
     # More rows than backward: keys and values are read less often. Two stages of loads leave two
-    # blocks a processor; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
+    # blocks an SM; heads of 64 fit three on sm_90 without, and spill with them on sm_100.
     return Config(128, 32, 8, 2 if head_dim > 64 else 1)
 
 
-def chunks(head_dim: int) -> tuple[int, int, int]:
-    """Powers of two up to 64 whose sum is the head size, rounded up to a multiple of 16.
+def placed(*widths: int) -> tuple[tuple[int, int], ...]:
+    """(first column, width) of chunks of these widths, end to end."""
+    return tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
 
-    >>> chunks(80), chunks(88), chunks(104), chunks(128)
-    ((64, 16, 0), (64, 32, 0), (64, 32, 16), (64, 64, 0))
+
+def chunks(head_dim: int) -> tuple[tuple[int, int], ...]:
+    """The head size, rounded up to a multiple of 16, as powers of two up to 64.
+
+    >>> chunks(80), chunks(104)
+    (((0, 64), (64, 16)), ((0, 64), (64, 32), (96, 16)))
     """
     padded = cdiv(head_dim, 16) * 16
-    rest = [bit for bit in (32, 16) if padded & bit]
-    return tuple([*[64] * (padded // 64), *rest, 0, 0][:3])
+    return placed(*[64] * (padded // 64), *(bit for bit in (32, 16) if padded & bit))
 
 
 @triton.jit
@@ -95,10 +99,10 @@ def sequence(
 
 
 @triton.jit
-def turn_of(head, HEAD_DIM: tl.constexpr, D1: tl.constexpr):
+def turn_of(head, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Columns that a head's order is turned by: 8 in odd heads that begin in mid-sector."""
     turn = 0
-    if D1 > 0 and HEAD_DIM % 16 == 8:
+    if len(CHUNKS) > 1 and HEAD_DIM % 16 == 8:
         turn = (head % 2) * 8
     return turn
 
@@ -106,9 +110,11 @@ def turn_of(head, HEAD_DIM: tl.constexpr, D1: tl.constexpr):
 @triton.jit
 def _chunk(
     ptr, offs_m, mask_m, stride, turn,
-    START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of rows x turned columns START to START + WIDTH, [rows, WIDTH]."""
+    """Pointers and mask of rows x the turned columns of a chunk, [rows, width]."""
+    START: tl.constexpr = CHUNKS[INDEX][0]
+    WIDTH: tl.constexpr = CHUNKS[INDEX][1]
     offs_d = START + tl.arange(0, WIDTH)
     mask = tl.broadcast_to(mask_m[:, None], (mask_m.shape[0], WIDTH))
     if START + WIDTH > HEAD_DIM:
@@ -123,88 +129,84 @@ def _chunk(
 @triton.jit
 def load_chunk(
     ptr, offs_m, mask_m, stride, turn,
-    START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Turned columns START to START + WIDTH of rows of a head."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, START, WIDTH, HEAD_DIM)
+    """One chunk of rows of a head, 0 where there is no row or column: [rows, width]."""
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_chunk(
     ptr, offs_m, mask_m, stride, turn, x,
-    START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write what load_chunk reads, in the dtype of the pointer."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, START, WIDTH, HEAD_DIM)
+    """Write what load_chunk reads, in the dtype of the pointer: the one cast."""
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+# Rows of a head are a tuple of chunks, which grows in unrolled loops: Triton 3.4 compiles no
+# comprehension. Nor does it, or 3.6, pass on a tuple taken out of CHUNKS: hence INDEX.
 
 
 @triton.jit
 def load_rows(
     ptr, offs_m, mask_m, stride, turn,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a head in chunks; a chunk of no columns is the first again, and is never used."""
-    x0 = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, D0, HEAD_DIM)
-    x1 = x0
-    x2 = x0
-    if D1 > 0:
-        x1 = load_chunk(ptr, offs_m, mask_m, stride, turn, D0, D1, HEAD_DIM)
-    if D2 > 0:
-        x2 = load_chunk(ptr, offs_m, mask_m, stride, turn, D0 + D1, D2, HEAD_DIM)
-    return x0, x1, x2
+    """Rows of a head, all chunks."""
+    x = ()
+    for i in tl.static_range(len(CHUNKS)):
+        x += (load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM),)
+    return x
 
 
 @triton.jit
 def store_rows(
-    ptr, offs_m, mask_m, stride, turn, x0, x1, x2,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ptr, offs_m, mask_m, stride, turn, x,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write chunks in the dtype of the pointer: the one cast."""
-    store_chunk(ptr, offs_m, mask_m, stride, turn, x0, 0, D0, HEAD_DIM)
-    if D1 > 0:
-        store_chunk(ptr, offs_m, mask_m, stride, turn, x1, D0, D1, HEAD_DIM)
-    if D2 > 0:
-        store_chunk(ptr, offs_m, mask_m, stride, turn, x2, D0 + D1, D2, HEAD_DIM)
+    """Write what load_rows reads."""
+    for i in tl.static_range(len(CHUNKS)):
+        store_chunk(ptr, offs_m, mask_m, stride, turn, x[i], i, CHUNKS, HEAD_DIM)
 
 
 @triton.jit
-def inner(
-    a0, a1, a2, b0, b1, b2,
-    D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def inner(a, b, PRECISION: tl.constexpr):
     """a @ b.T over all chunks, fp32."""
-    acc = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if D1 > 0:
-        acc = tl.dot(a1, tl.trans(b1), acc, input_precision=PRECISION)
-    if D2 > 0:
-        acc = tl.dot(a2, tl.trans(b2), acc, input_precision=PRECISION)
+    acc = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(a)):
+        acc = tl.dot(a[i], tl.trans(b[i]), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Accumulators [ROWS, chunk]; of a chunk without columns, as small as can be."""
-    W1: tl.constexpr = D1 if D1 > 0 else 1
-    W2: tl.constexpr = D2 if D2 > 0 else 1
-    x0 = tl.zeros([ROWS, D0], dtype=tl.float32)
-    return x0, tl.zeros([ROWS, W1], dtype=tl.float32), tl.zeros([ROWS, W2], dtype=tl.float32)
+def zeros(ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Accumulators, fp32."""
+    x = ()
+    for i in tl.static_range(len(CHUNKS)):
+        x += (tl.full([ROWS, CHUNKS[i][1]], 0.0, dtype=tl.float32),)
+    return x
 
 
 @triton.jit
-def accumulate(
-    x0, x1, x2, p, b0, b1, b2,
-    D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x + p @ b by chunks, p rounded to b's dtype."""
-    p = p.to(b0.dtype)
-    x0 = tl.dot(p, b0, x0, input_precision=PRECISION)
-    if D1 > 0:
-        x1 = tl.dot(p, b1, x1, input_precision=PRECISION)
-    if D2 > 0:
-        x2 = tl.dot(p, b2, x2, input_precision=PRECISION)
-    return x0, x1, x2
+def scaled(x, factor):
+    """x * factor."""
+    out = ()
+    for i in tl.static_range(len(x)):
+        out += (x[i] * factor,)
+    return out
+
+
+@triton.jit
+def accumulate(x, p, b, PRECISION: tl.constexpr):
+    """x + p @ b, p rounded to b's dtype."""
+    p = p.to(b[0].dtype)
+    out = ()
+    for i in tl.static_range(len(x)):
+        out += (tl.dot(p, b[i], x[i], input_precision=PRECISION),)
+    return out
 
 
 def within_reach(x: Tensor, max_seqlen: int) -> Tensor:
@@ -223,14 +225,11 @@ def constexprs(
     head_dim: int, itemsize: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, object]:
     """Those that all kernels share."""
-    d0, d1, d2 = chunks(head_dim)
     return dict(
         UNIFORM=uniform,
         IS_CAUSAL=causal,
+        CHUNKS=chunks(head_dim),
         HEAD_DIM=head_dim,
-        D0=d0,
-        D1=d1,
-        D2=d2,
         UNIT=unit,
         PRECISION=input_precision(itemsize),
     )

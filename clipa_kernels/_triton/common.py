@@ -108,7 +108,7 @@ def _sum_partial_kernel(
     parts, D,
     SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of partial [parts, SUMS, D] over the parts, in order: first [D] and second [D]."""
+    """Sums of partial [parts, SUMS, D] over the parts, in order: first [D], and of two second."""
     which = tl.program_id(1)
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -121,7 +121,7 @@ def _sum_partial_kernel(
         acc += tl.load(partial_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
         partial_ptrs += BLOCK_P * SUMS * D
     total = tl.sum(acc, 0)
-    if SUMS == 1 or which == 0:
+    if second_ptr is None or which == 0:
         tl.store(first_ptr + offs_d, total.to(first_ptr.dtype.element_ty), mask=mask_d)
     else:
         tl.store(second_ptr + offs_d, total.to(second_ptr.dtype.element_ty), mask=mask_d)
@@ -136,7 +136,7 @@ def sum_partial(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
     out = [partial.new_empty(d, dtype=dtype) for dtype in dtypes]
     _sum_partial_kernel[(cdiv(d, _SUM_BLOCK["BLOCK_D"]), sums)](
         partial,
-        out[0], out[-1],
+        out[0], out[1] if sums > 1 else None,
         parts, d,
         SUMS=sums, **_SUM_BLOCK,
         num_warps=4,
@@ -148,7 +148,7 @@ def sum_case(sums: int, dtype: torch.dtype) -> Case:
     """The row of sum_partial, for the cases of the files that use it."""
     signature = dict(partial_ptr="*fp32", first_ptr=pointer(dtype), second_ptr=pointer(dtype))
     signature |= dict(parts="i32", D="i32")
-    constexprs = dict(SUMS=sums) | _SUM_BLOCK
+    constexprs = dict(SUMS=sums) | _SUM_BLOCK | ({} if sums > 1 else dict(second_ptr=None))
     return Case(f"sum {sums} {pointer(dtype)[1:]}", _sum_partial_kernel, signature, constexprs, 4)
 
 

@@ -41,7 +41,7 @@ from .contrastive_tiles import (
 
 LOWEST = tl.constexpr(-3.0e38)  # below any logit, and a difference to it is still finite
 MOST_ACROSS = 4  # their column sums stay in registers: 8 spill on sm_80
-_PROGRAMS = 512  # about four a processor; what is above goes into larger blocks of tiles
+_PROGRAMS = 512  # about four an SM; what is above goes into larger blocks of tiles
 
 
 def block_for(tiles_m: int, tiles_n: int) -> tuple[int, int]:
@@ -231,16 +231,17 @@ def _contrastive_merge_kernel(
     row_lse_ptr, col_lse_ptr, scale_ptr,
     rows_ptr, cols_ptr, loss_ptr, slope_ptr,
     M, N, row_parts, col_parts, begin, end,
-    FINISH: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums to whole ones, in rows [3, M] and cols [2, N].
 
-    FINISH (one program, M == N): rows (shift, divisor, gradient of the positive) and cols (shift,
-    divisor), without PAIRED no divisor, the loss and its scale gradient. Otherwise, a program a
-    block: rows (shift, sum, positive in bits, from begin to end) and cols (shift, sum).
+    Where the loss is wanted (one program, M == N): rows (shift, divisor, gradient of the positive)
+    and cols (shift, divisor), without PAIRED no divisor, the loss and its scale gradient. Where
+    loss_ptr and slope_ptr are None, a program a block: rows (shift, sum, positive in bits, from
+    begin to end) and cols (shift, sum).
     """
     scale = tl.load(scale_ptr) * LOG2E
-    if FINISH:
+    if loss_ptr is not None:
         acc = tl.zeros([BLOCK], dtype=tl.float32)
         slopes = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, M, BLOCK):
@@ -337,9 +338,9 @@ def _merge_launch(
     grid = 1 if sums else cdiv(max(m, n), block)
     _contrastive_merge_kernel[(grid,)](
         row_lse, col_lse, scale,
-        rows, cols, *(sums or (rows, rows)),
+        rows, cols, *(sums or (None, None)),
         m, n, row_parts, col_parts, *pairs[1:],
-        FINISH=sums is not None, PAIRED=planes == 3, BLOCK=block, PARTS=parts,
+        PAIRED=planes == 3, BLOCK=block, PARTS=parts,
         num_warps=warps,
     )  # fmt: skip
 
@@ -366,6 +367,7 @@ def cases() -> Iterator[Case]:
     merge |= dict.fromkeys(("M", "N", "row_parts", "col_parts", "begin", "end"), "i32")
     for paired in (False, True):
         for finish, block, warps in ((True, 512, 16), (False, 128, 4)):
-            sizes = dict(FINISH=finish, PAIRED=paired, BLOCK=block, PARTS=8)
+            sizes = dict(PAIRED=paired, BLOCK=block, PARTS=8)
+            sizes |= {} if finish else dict(loss_ptr=None, slope_ptr=None)
             label = f"merge{' and loss' if finish else ''}{', paired' if paired else ''}"
             yield Case(label, _contrastive_merge_kernel, merge, sizes, warps)

@@ -13,6 +13,7 @@ and are added in a fixed order. Over a group G is without the scale, whose gradi
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -42,58 +43,52 @@ _ADDS_TO_FP32 = torch.__version__ >= (2, 10)
 
 
 @triton.jit
-def _part_grads(
-    cosine, scale, bias, row_shift, by_row, positive,
-    cols_ptr, g_ptrs, stored,
-    offs_m, offs_n, inside, N, first, begin, end, factor,
-    SIGMOID: tl.constexpr, PAIRED: tl.constexpr, STORE_G: tl.constexpr,
-):  # fmt: skip
-    """G of a part of a tile, stored times factor; the sigmoid's sums of loss, G * cosine and G."""
-    pair = is_positive(offs_m, offs_n, first, begin, end)
-    if SIGMOID:
-        s = scale * cosine + bias
-        s = tl.where(pair, -s, s)
-        e = tl.exp(-tl.abs(s))
-        # Over both axes at once: one after the other, Triton 3.6 fails on sm_100.
-        loss = tl.sum(tl.where(inside, tl.maximum(s, 0.0) + log1p(e), 0.0))
-        g = tl.where(s >= 0.0, 1.0, e) / (1.0 + e)
-        g = tl.where(pair, -g, g)
+def _softmax_part(
+    cosine, scale, row_shift, by_row, positive, pair, cols_ptr, offs_n, N, PAIRED: tl.constexpr
+):
+    """G of a part of a tile, without factors."""
+    mask_n = offs_n < N
+    s = (scale * LOG2E) * cosine
+    col_shift = tl.load(cols_ptr + offs_n, mask=mask_n, other=0.0)
+    if PAIRED:
+        by_col = 1.0 / tl.load(cols_ptr + N + offs_n, mask=mask_n, other=1.0)
+        g = tl.exp2(s - row_shift[:, None]) * by_row[:, None]
+        g += tl.exp2(s - col_shift[None, :]) * by_col[None, :]
     else:
-        mask_n = offs_n < N
-        s = (scale * LOG2E) * cosine
-        col_shift = tl.load(cols_ptr + offs_n, mask=mask_n, other=0.0)
-        if PAIRED:
-            by_col = 1.0 / tl.load(cols_ptr + N + offs_n, mask=mask_n, other=1.0)
-            g = tl.exp2(s - row_shift[:, None]) * by_row[:, None]
-            g += tl.exp2(s - col_shift[None, :]) * by_col[None, :]
-        else:
-            g = tl.exp2(s - row_shift[:, None]) + tl.exp2(s - col_shift[None, :])
-        g = tl.where(pair, positive[:, None], g)
-    g = tl.where(inside, g, 0.0)
-    if STORE_G:
-        tl.store(g_ptrs, (g * factor).to(g_ptrs.dtype.element_ty), mask=stored)
-    if SIGMOID:
-        return loss, tl.sum(g * cosine), tl.sum(g)
-    return 0.0, 0.0, 0.0
+        g = tl.exp2(s - row_shift[:, None]) + tl.exp2(s - col_shift[None, :])
+    return tl.where(pair, positive[:, None], g)
 
 
-@triton.jit(do_not_specialize=[*PLACES, "part0", "tiles"])
+@triton.jit
+def _sigmoid_part(cosine, scale, bias, pair, inside):
+    """(G of a part of a tile, the sum of its losses)."""
+    s = scale * cosine + bias
+    s = tl.where(pair, -s, s)
+    e = tl.exp(-tl.abs(s))
+    # Over both axes at once: one after the other, Triton 3.6 fails on sm_100.
+    loss = tl.sum(tl.where(inside, tl.maximum(s, 0.0) + log1p(e), 0.0))
+    g = tl.where(s >= 0.0, 1.0, e) / (1.0 + e)
+    return tl.where(pair, -g, g), loss
+
+
+@triton.jit(do_not_specialize=PLACES)
 def _contrastive_bwd_kernel(
-    x_ptr, y_ptr, scale_ptr, bias_ptr, rows_ptr, cols_ptr, slope_ptr, d_loss_ptr,
-    g_ptr, sums_ptr,
-    row0, height, M, N, D, first, begin, end, part0, tiles,
+    x_ptr, y_ptr, scale_ptr,
+    g_ptr,
+    row0, height, M, N, D, first, begin, end,
     stride_xm, stride_yn, stride_gm,
-    weight,
-    SIGMOID: tl.constexpr, PAIRED: tl.constexpr, SCALED: tl.constexpr, STORE_G: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    rows_ptr=None, cols_ptr=None, d_loss_ptr=None, weight=None, slope_ptr=None, d_scale_ptr=None,
+    bias_ptr=None, sums_ptr=None,
 ):  # fmt: skip
-    """One tile of the strip of `height` rows from row0.
+    """One tile of the strip of `height` rows from row0; G is not stored where g_ptr is None.
 
-    softmax: G = weight * d_loss * (2^(S - row shift) / row divisor + the same by column), PAIRED,
-    else without divisors; SCALED, times scale, and sums is the scale's gradient, slope * d_loss.
-    sigmoid: G = sigmoid(S), negative on positives, and sums [3, tiles] this tile's share of the
-    loss, the scale's and the bias's gradient, without weight and scale.
+    softmax, from rows to d_scale: G = weight * d_loss * (2^(S - row shift) / row divisor + the same
+    by column), PAIRED, else without divisors; with a slope, which makes d_scale, times scale.
+    sigmoid, bias and sums: G = sigmoid(S), negative on positives; sums [3, tiles of all strips] has
+    the tile's share of the loss, the scale's and the bias's gradient, without weight and scale.
     """
     # Down the strip first: its rows stay in the L2 cache while the columns pass once.
     tiles_m = tl.cdiv(height, BLOCK_M)
@@ -106,8 +101,8 @@ def _contrastive_bwd_kernel(
         stride_xm, stride_yn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     scale = tl.load(scale_ptr)
-    bias, row_shift, by_row, positive, factor = 0.0, 0.0, 0.0, 0.0, 1.0
-    if SIGMOID:
+    by_row, factor = 0.0, 1.0
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr)
     else:
         mask_m = offs_s < height
@@ -119,28 +114,36 @@ def _contrastive_bwd_kernel(
         positive = tl.load(rows_ptr + 2 * M + offs_m, mask=mask_p, other=0.0)
         d_loss = tl.load(d_loss_ptr)
         factor = weight * d_loss
-        if SCALED:
+        if slope_ptr is not None:
             factor = scale * factor
             if (tl.program_id(0) == 0) & (row0 == 0):
-                tl.store(sums_ptr, tl.load(slope_ptr) * d_loss)
+                tl.store(d_scale_ptr, tl.load(slope_ptr) * d_loss)
     parts = narrow_parts(cosine, BLOCK_M, BLOCK_N)
     loss, d_scale, d_bias = 0.0, 0.0, 0.0
     for part in tl.static_range(BLOCK_N // PART):
         offs_n = start_n + part * PART + tl.arange(0, PART)
-        g_ptrs = g_ptr + offs_s.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
         inside = (offs_s < height)[:, None] & (offs_n < N)[None, :]
-        # The pitch, a multiple of 16, lets a store be whole where N is odd: zeros beyond N.
-        stored = (offs_s < height)[:, None] & (offs_n < stride_gm)[None, :]
-        sums = _part_grads(
-            parts[part], scale, bias, row_shift, by_row, positive,
-            cols_ptr, g_ptrs, stored,
-            offs_m, offs_n, inside, N, first, begin, end, factor, SIGMOID, PAIRED, STORE_G,
-        )  # fmt: skip
-        loss += sums[0]
-        d_scale += sums[1]
-        d_bias += sums[2]
-    if SIGMOID:
-        part_ptr = sums_ptr + part0 + tl.program_id(0)
+        pair = is_positive(offs_m, offs_n, first, begin, end)
+        if bias_ptr is not None:
+            g, part_loss = _sigmoid_part(parts[part], scale, bias, pair, inside)
+        else:
+            g = _softmax_part(
+                parts[part], scale, row_shift, by_row, positive, pair, cols_ptr, offs_n, N, PAIRED
+            )
+        g = tl.where(inside, g, 0.0)
+        if g_ptr is not None:
+            g_ptrs = g_ptr + offs_s.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
+            # The pitch, a multiple of 16, lets a store be whole where N is odd: zeros beyond N.
+            stored = (offs_s < height)[:, None] & (offs_n < stride_gm)[None, :]
+            tl.store(g_ptrs, (g * factor).to(g_ptr.dtype.element_ty), mask=stored)
+        if sums_ptr is not None:
+            loss += part_loss
+            d_scale += tl.sum(g * parts[part])
+            d_bias += tl.sum(g)
+    if sums_ptr is not None:
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        tiles = tl.cdiv(M, BLOCK_M) * tiles_n
+        part_ptr = sums_ptr + row0 // BLOCK_M * tiles_n + tl.program_id(0)
         tl.store(part_ptr, loss)
         tl.store(part_ptr + tiles, d_scale)
         tl.store(part_ptr + 2 * tiles, d_bias)
@@ -202,18 +205,19 @@ def softmax_grads(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As _strips.softmax_grads, rows, cols and slope of softmax_forward; G carries all factors, so
     the products are final. wide: without a slope, rows and cols of _strips.softmax_divisors."""
-    weight = 0.5 / image.shape[0]
     if not (wide or wanted[0] or wanted[1]):
         return None, None, slope * d_loss
-    stats = (scale, rows.contiguous(), cols.contiguous(), scale if wide else slope, d_loss)
+    stats = dict(rows_ptr=rows.contiguous(), cols_ptr=cols.contiguous(), d_loss_ptr=d_loss)
+    stats |= dict(weight=0.5 / image.shape[0])
     if not wide:
-        form = (image.dtype.itemsize == 4, True)
-        grads = _strip_pass(image, text, scale, stats, pairs, wanted, weight, image.dtype, form)
-        return *grads[:2], grads[2] if wanted[2] else None
+        d_scale = torch.empty_like(scale)
+        stats |= dict(PAIRED=image.dtype.itemsize == 4, slope_ptr=slope, d_scale_ptr=d_scale)
+        grads = _strip_pass(image, text, scale, pairs, wanted, image.dtype, **stats)
+        return *grads, d_scale if wanted[2] else None
     # The scale's gradient is read off a product made anyway.
-    made, form = (wanted[0] or not wanted[1], wanted[1]), (True, False)
-    d_image, d_text, _ = _strip_pass(
-        image, text, scale, stats, pairs, made, weight, torch.float32, form
+    made = wanted[0] or not wanted[1], wanted[1]
+    d_image, d_text = _strip_pass(
+        image, text, scale, pairs, made, torch.float32, PAIRED=True, **stats
     )
     d_scale = None
     if wanted[2]:
@@ -236,10 +240,13 @@ def sigmoid_pass(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As _strips.sigmoid_pass: loss and gradients, those of features in fp32."""
     weight = 1 / image.shape[0]
-    stats = (bias, scale, scale, scale, scale)
-    d_image, d_text, sums = _strip_pass(
-        image, text, scale, stats, pairs, wanted, None, torch.float32
-    )
+    config = config_for(image.shape[1], image.element_size(), arch())
+    tiles = cdiv(image.shape[0], config.block_m) * cdiv(text.shape[0], config.block_n)
+    sums = scale.new_empty(3, tiles)
+    d_image, d_text = _strip_pass(
+        image, text, scale, pairs, wanted, torch.float32,
+        PAIRED=False, bias_ptr=bias, sums_ptr=sums,
+    )  # fmt: skip
     loss, d_scale, d_bias = (sums.sum(1) * weight).unbind()
     factor = scale * weight
     return (
@@ -255,47 +262,38 @@ def _strip_pass(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    stats: tuple[Tensor, ...],
     pairs: tuple[int, int, int],
     wanted: tuple[bool, ...],
-    weight: float | None,
     dtype: torch.dtype,
-    form: tuple[bool, bool] = (False, False),
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Strip by strip: G, then dX = G Y and dY += G' X in dtype; and the kernel's sums. weight None:
-    the sigmoid's; form: the softmax's PAIRED and SCALED."""
+    **own: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Strip by strip: G, then dX = G Y and dY += G' X in dtype, where wanted. own: the arguments
+    of the kernel that are one loss's."""
     x, y = rowwise(image), rowwise(text)
     (m, d), n = x.shape, y.shape[0]
     config = config_for(d, x.element_size(), arch())
     strips = cdiv(m, STRIP_ROWS[x.element_size()])
     height = cdiv(cdiv(m, strips), config.block_m) * config.block_m
-    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
-    sums = torch.empty_like(scale) if weight is not None else scale.new_empty(3, tiles)
-    store = wanted[0] or wanted[1]
-    g = x.new_empty(min(height, m), cdiv(n, 16) * 16) if store else x.new_empty(1, 16)
+    pitch = cdiv(n, 16) * 16
+    g = x.new_empty(min(height, m), pitch) if wanted[0] or wanted[1] else None
     d_image = x.new_empty(m, d, dtype=dtype) if wanted[0] else None
-    d_text, done = None, 0
+    d_text = None
     for row0 in range(0, m, height):
         strip = min(height, m - row0)
-        grid = cdiv(strip, config.block_m) * cdiv(n, config.block_n)
-        _contrastive_bwd_kernel[(grid,)](
-            x, y, scale, *stats,
-            g, sums,
-            row0, strip, m, n, d, *pairs, done, tiles,
-            x.stride(0), y.stride(0), g.stride(0),
-            weight or 0.0,
-            SIGMOID=weight is None, PAIRED=form[0], SCALED=form[1], STORE_G=store,
-            **constexprs(config, d, x.element_size()),
+        _contrastive_bwd_kernel[(cdiv(strip, config.block_m) * cdiv(n, config.block_n),)](
+            x, y, scale,
+            g,
+            row0, strip, m, n, d, *pairs,
+            x.stride(0), y.stride(0), pitch,
+            **own, **constexprs(config, d, x.element_size()),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        done += grid
-        made = g[:strip]
         if wanted[0]:
-            _product(made[:, :n], y, d_image[row0 : row0 + strip])
+            _product(g[:strip, :n], y, d_image[row0 : row0 + strip])
         if wanted[1]:
             last = row0 + strip == m
-            d_text = _text_product(d_text, made, n, x, row0, dtype if last else torch.float32)
-    return d_image, d_text, sums
+            d_text = _text_product(d_text, g[:strip], n, x, row0, dtype if last else torch.float32)
+    return d_image, d_text
 
 
 def _text_product(
@@ -348,28 +346,27 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def cases() -> Iterator[Case]:
     """Every rung of the table with every variant of the kernels."""
-    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "slope_ptr", "d_loss_ptr", "sums_ptr")
-    sizes = ("row0", "height", "part0", "tiles", "stride_gm")
+    softmax = ("rows_ptr", "cols_ptr", "d_loss_ptr", "slope_ptr", "d_scale_ptr")
+    sigmoid, sizes = ("bias_ptr", "sums_ptr"), ("row0", "height", "stride_gm")
     for dtype, width, archs in rungs():
-        types = signature(dtype) | dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32")
-        types |= dict(g_ptr=pointer(dtype), weight="fp32")
+        types = signature(dtype) | dict.fromkeys((*softmax, *sigmoid), "*fp32")
+        types |= dict.fromkeys(sizes, "i32") | dict(g_ptr=pointer(dtype), weight="fp32")
         config = config_for(width, dtype.itemsize, archs[0])
-        staff = config.num_warps, config.num_stages, archs
+        launch = config.num_warps, config.num_stages, archs
         label = f"{pointer(dtype)[1:]} D={width}"
-        for name, sigmoid, scaled, store in (
-            ("backward", False, True, True),
-            ("backward over a group", False, False, True),
-            ("sigmoid", True, False, True),
-            ("sigmoid, sums only,", True, False, False),
+        for name, absent, paired in (
+            ("backward", sigmoid, dtype == torch.float32),
+            ("backward over a group", (*sigmoid, *softmax[3:]), True),
+            ("sigmoid", (*softmax, "weight"), False),
+            ("sigmoid, sums only,", (*softmax, "weight", "g_ptr"), False),
         ):
-            paired = not sigmoid and (dtype == torch.float32 or not scaled)
-            form = dict(SIGMOID=sigmoid, PAIRED=paired, SCALED=scaled, STORE_G=store)
-            constants = form | constexprs(config, width, dtype.itemsize)
-            yield Case(f"{name} {label}", _contrastive_bwd_kernel, types, constants, *staff)
+            constants = dict.fromkeys(absent) | dict(PAIRED=paired)
+            constants |= constexprs(config, width, dtype.itemsize)
+            yield Case(f"{name} {label}", _contrastive_bwd_kernel, types, constants, *launch)
         if dtype.itemsize == 2:
             names = ("g_ptr", "x_ptr", "row0", "height", "N", "D", "stride_gm", "stride_xm")
             own = {name: types[name] for name in names}
             own |= dict(total_ptr="*fp32", out_ptr=pointer(dtype))
             blocks = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
             constants = {name: constexprs(config, width, dtype.itemsize)[name] for name in blocks}
-            yield Case(f"last product {label}", _last_product_kernel, own, constants, *staff)
+            yield Case(f"last product {label}", _last_product_kernel, own, constants, *launch)

@@ -23,7 +23,7 @@ WIDTHS = (512, 1000, 100)
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of logits, slice of the feature width, and how a program is staffed."""
+    """Tile of logits, slice of the feature width, and the launch's num_warps and num_stages."""
 
     block_m: int
     block_n: int

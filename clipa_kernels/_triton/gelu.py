@@ -67,9 +67,9 @@ def _gelu_and_slope(z, FORM: tl.constexpr):
 
 
 @triton.jit
-def _bias_row(bias_ptr, offs_d, D, HAS_BIAS: tl.constexpr):
+def _bias_row(bias_ptr, offs_d, D):
     """bias[offs_d], fp32 [1, BLOCK_D]; 0 without a bias."""
-    if HAS_BIAS:
+    if bias_ptr is not None:
         return tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
     else:
         return 0.0
@@ -81,7 +81,7 @@ def _bias_gelu_fwd_kernel(
     y_ptr,
     rows, D,
     stride_xm,
-    FORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y [rows, D], dense."""
     blocks_d = tl.cdiv(D, BLOCK_D)
@@ -92,7 +92,7 @@ def _bias_gelu_fwd_kernel(
     # [BLOCK_M, BLOCK_D]
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :]
     z = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    z += _bias_row(bias_ptr, offs_d, D, HAS_BIAS)
+    z += _bias_row(bias_ptr, offs_d, D)
     y, _ = _gelu_and_slope(z, FORM)
     y_ptrs = y_ptr + offs_m[:, None] * D + offs_d[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -104,17 +104,16 @@ def _bias_gelu_bwd_kernel(
     dx_ptr, partial_ptr,
     rows, D, rows_a_program,
     stride_ym, stride_xm,
-    FORM: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx [rows, D], dense; partial [strips, 1, D] holds the sum of dx over a strip (PARTIAL)."""
+    """dx [rows, D], dense; partial [strips, 1, D], or None, holds the sums of dx over a strip."""
     blocks_d = tl.cdiv(D, BLOCK_D)
     strip = (tl.program_id(0) // blocks_d).to(tl.int64)
     start = strip * rows_a_program
     end = tl.minimum(start + rows_a_program, rows)
     offs_d = tl.program_id(0) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    bias = _bias_row(bias_ptr, offs_d, D, HAS_BIAS)
+    bias = _bias_row(bias_ptr, offs_d, D)
     offs_m = tl.arange(0, BLOCK_M)[:, None]
     # [BLOCK_M, BLOCK_D]; 64-bit numbers stay scalar
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -129,7 +128,7 @@ def _bias_gelu_bwd_kernel(
         acc += dx
         dx_ptrs = dx_ptr + first * D + (offs_m * D + offs_d[None, :])
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if PARTIAL:
+    if partial_ptr is not None:
         tl.store(partial_ptr + strip * D + offs_d, tl.sum(acc, 0), mask=mask_d)
 
 
@@ -142,11 +141,11 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     if not x.numel():
         return y
     _bias_gelu_fwd_kernel[(cdiv(rows, _FORWARD["BLOCK_M"]) * cdiv(d, _FORWARD["BLOCK_D"]),)](
-        flat, flat if bias is None else bias.contiguous(),
+        flat, None if bias is None else bias.contiguous(),
         y,
         rows, d,
         flat.stride(0),
-        FORM=approximate, HAS_BIAS=bias is not None, **_FORWARD,
+        FORM=approximate, **_FORWARD,
         num_warps=_WARPS,
     )  # fmt: skip
     return y
@@ -162,17 +161,17 @@ def backward(
     dx = x_rows.new_empty(x.shape)
     walked = rows_a_program(rows, _STRIPS, _LEAST_ROWS)
     strips = cdiv(rows, walked)
-    partial = x_rows.new_empty(strips if bias_wanted else 0, 1, d, dtype=torch.float32)
+    partial = x_rows.new_empty(strips, 1, d, dtype=torch.float32) if bias_wanted else None
     if x.numel():
         _bias_gelu_bwd_kernel[(strips * cdiv(d, _BACKWARD["BLOCK_D"]),)](
-            d_rows, x_rows, x_rows if bias is None else bias.contiguous(),
-            dx, partial if bias_wanted else dx,
+            d_rows, x_rows, None if bias is None else bias.contiguous(),
+            dx, partial,
             rows, d, walked,
             d_rows.stride(0), x_rows.stride(0),
-            FORM=approximate, HAS_BIAS=bias is not None, PARTIAL=bias_wanted, **_BACKWARD,
+            FORM=approximate, **_BACKWARD,
             num_warps=_WARPS,
         )  # fmt: skip
-    return dx, sum_partial(partial, bias.dtype)[0] if bias_wanted else None
+    return dx, None if partial is None else sum_partial(partial, bias.dtype)[0]
 
 
 def cases() -> Iterator[Case]:
@@ -185,7 +184,7 @@ def cases() -> Iterator[Case]:
         label = f"{form} {pointer(dtype)[1:]} D={width}"
         strides = ("stride_xm", "stride_ym")
         unaligned = () if width % 16 == 0 else ("D", *strides)
-        variant = dict(FORM=form, HAS_BIAS=True)
+        variant = dict(FORM=form)
         inputs = dict(x_ptr=pointer(dtype), bias_ptr="*fp32")
         inputs |= dict.fromkeys(("rows", "D", "stride_xm"), "i32")
         yield Case(
@@ -196,6 +195,6 @@ def cases() -> Iterator[Case]:
         inputs |= dict.fromkeys(("rows_a_program", "stride_ym"), "i32")
         yield Case(
             f"backward {label}", _bias_gelu_bwd_kernel, inputs,
-            variant | dict(PARTIAL=True) | _BACKWARD, _WARPS, unaligned=unaligned,
+            variant | _BACKWARD, _WARPS, unaligned=unaligned,
         )  # fmt: skip
     yield sum_case(1, fp32)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .common import Case, cdiv, launcher, pointer, rows_a_program, rows_of, sum_case, sum_partial
 
-_PROGRAMS = 512  # of a backward: about four a processor, each with one row of partial sums
+_PROGRAMS = 512  # of a backward: about four an SM, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
 _FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for so many rows
 WIDTHS = (1280, 4096, 768, 384, 100)  # of the cases to compile: each rung, and a ragged width
@@ -72,10 +72,12 @@ def _add_layer_norm_fwd_kernel(
     rows, D, rows_a_program,
     stride_xm, stride_rm,
     eps,
-    HAS_RESIDUAL: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """total = x + residual, y = norm(total) * weight + bias; y [rows, D] and total are dense."""
+    """total = x + residual, y = norm(total) * weight + bias; y [rows, D] and total are dense.
+
+    Without a residual x is the sum, and total_ptr is None as well.
+    """
     start = tl.program_id(0).to(tl.int64) * rows_a_program
     end = tl.minimum(start + rows_a_program, rows)
     weight, bias = _row(weight_ptr, D, BLOCK_D), _row(bias_ptr, D, BLOCK_D)
@@ -88,7 +90,7 @@ def _add_layer_norm_fwd_kernel(
         mask = (offs_m < end - first) & mask_d
         x_ptrs = x_ptr + first * stride_xm + (offs_m * stride_xm + offs_d[None, :])
         total = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
+        if residual_ptr is not None:
             residual_ptrs = residual_ptr + first * stride_rm
             residual_ptrs += offs_m * stride_rm + offs_d[None, :]
             total += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -107,13 +109,12 @@ def _add_layer_norm_bwd_kernel(
     rows, D, rows_a_program,
     stride_ym, stride_dm, stride_tm,
     eps,
-    HAS_D_TOTAL: tl.constexpr, TWO_DTYPES: tl.constexpr, PARAMETERS: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d = d_total + rstd (g - mean(g) - n mean(g n)), g = dy * weight, n the normalised row.
 
-    dx [rows, D] is d in its dtype, d_residual the same in another (TWO_DTYPES); partial [programs,
-    2, D] holds the sums of dy n and of dy over a program's rows (PARAMETERS).
+    dx [rows, D] is d in its dtype, d_residual the same in another; partial [programs, 2, D] holds
+    the sums of dy n and of dy over a program's rows. Those two, and d_total, may be None.
     """
     program = tl.program_id(0).to(tl.int64)
     start = program * rows_a_program
@@ -134,7 +135,7 @@ def _add_layer_norm_bwd_kernel(
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         centred, rstd = _statistics(total, mask_d, D, eps)
         normal = centred * rstd[:, None]
-        if PARAMETERS:
+        if partial_ptr is not None:
             d_weight += dy * normal
             d_bias += dy
         # Chosen, so that no difference below is taken of a product before it is rounded: g less its
@@ -143,16 +144,16 @@ def _add_layer_norm_bwd_kernel(
         mean_g = tl.sum(g, 1) / D
         mean_gn = tl.sum(g * normal, 1) / D
         d = rstd[:, None] * (g - mean_g[:, None] - normal * mean_gn[:, None])
-        if HAS_D_TOTAL:
+        if d_total_ptr is not None:
             d_total_ptrs = d_total_ptr + first * stride_dm
             d_total_ptrs += offs_m * stride_dm + offs_d[None, :]
             d += tl.load(d_total_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + first * D + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
-        if TWO_DTYPES:
+        if d_residual_ptr is not None:
             tl.store(
                 d_residual_ptr + first * D + out, d.to(d_residual_ptr.dtype.element_ty), mask=mask
             )
-    if PARAMETERS:
+    if partial_ptr is not None:
         partial_ptrs = partial_ptr + program * 2 * D + offs_d
         tl.store(partial_ptrs, tl.sum(d_weight, 0), mask=offs_d < D)
         tl.store(partial_ptrs + D, tl.sum(d_bias, 0), mask=offs_d < D)
@@ -177,16 +178,15 @@ def forward(
         return y, total
     stream = flat if residual is None else rows_of(residual)
     config = config_for(d, 16)
-    # Several rows a program only where there are rows enough for every processor.
+    # Several rows a program only where there are rows enough for every SM.
     walked = min(_FORWARD_ROWS, rows_a_program(rows, 4 * _PROGRAMS, config.block_m))
     _add_layer_norm_fwd_kernel[(cdiv(rows, walked),)](
-        flat, stream, weight.contiguous(), bias.contiguous(),
-        y, y if total is None else total,
+        flat, None if residual is None else stream, weight.contiguous(), bias.contiguous(),
+        y, total,
         rows, d, walked,
         flat.stride(0), stream.stride(0),
         eps,
-        HAS_RESIDUAL=residual is not None, VECTOR=_vector(flat, stream),
-        BLOCK_M=config.block_m, BLOCK_D=config.block_d,
+        VECTOR=_vector(flat, stream), BLOCK_M=config.block_m, BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )  # fmt: skip
     return y, total
@@ -213,21 +213,21 @@ def backward(
     config = config_for(d, 8)
     walked = rows_a_program(rows, _PROGRAMS, _LEAST_ROWS)
     programs = cdiv(rows, walked)
-    partial = flat.new_empty(programs, 2, d, dtype=torch.float32)
+    partial = None
+    if bias_dtype is not None:
+        partial = flat.new_empty(programs, 2, d, dtype=torch.float32)
     if dy.numel():
         more = stream if d_total is None else rows_of(d_total)
         _add_layer_norm_bwd_kernel[(programs,)](
-            flat, more, stream, weight.contiguous(),
-            dx, dx if d_residual is None else d_residual, partial,
+            flat, None if d_total is None else more, stream, weight.contiguous(),
+            dx, d_residual, partial,
             rows, d, walked,
             flat.stride(0), more.stride(0), stream.stride(0),
             eps,
-            HAS_D_TOTAL=d_total is not None, TWO_DTYPES=d_residual is not None,
-            PARAMETERS=bias_dtype is not None, VECTOR=_vector(flat, stream),
-            BLOCK_M=config.block_m, BLOCK_D=config.block_d,
+            VECTOR=_vector(flat, stream), BLOCK_M=config.block_m, BLOCK_D=config.block_d,
             num_warps=config.num_warps,
         )  # fmt: skip
-    if bias_dtype is None:
+    if partial is None:
         return dx, d_residual, None, None
     return dx, d_residual, *sum_partial(partial, weight.dtype, bias_dtype)
 
@@ -253,17 +253,17 @@ def cases() -> Iterator[Case]:
         block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
         yield Case(
             f"forward {label}", _add_layer_norm_fwd_kernel, pointers | sizes | inputs,
-            dict(HAS_RESIDUAL=True) | vector | block, config.num_warps, unaligned=unaligned,
+            vector | block, config.num_warps, unaligned=unaligned,
         )  # fmt: skip
         config = config_for(width, 8)
         inputs = dict.fromkeys(("dy_ptr", "dx_ptr"), pointer(x)) | dict.fromkeys(strides[2:], "i32")
         names = ("d_total_ptr", "total_ptr", "d_residual_ptr")
         inputs |= dict.fromkeys(names, pointer(stream)) | dict(partial_ptr="*fp32")
         del pointers["bias_ptr"]
-        variant = dict(HAS_D_TOTAL=True, TWO_DTYPES=x != stream, PARAMETERS=True)
+        absent = {} if x != stream else dict(d_residual_ptr=None)
         block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
         yield Case(
             f"backward {label}", _add_layer_norm_bwd_kernel, pointers | sizes | inputs,
-            variant | vector | block, config.num_warps, unaligned=unaligned,
+            absent | vector | block, config.num_warps, unaligned=unaligned,
         )  # fmt: skip
     yield sum_case(2, fp32)

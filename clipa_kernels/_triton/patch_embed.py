@@ -57,9 +57,8 @@ def _patch_embed_fwd_kernel(
     out_ptr,
     patches, batch, kept, columns, prefix, D, K,
     stride_b, stride_py, stride_px, stride_o, stride_y, stride_e,
-    HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr,
-    SIDE: tl.constexpr, WORDS: tl.constexpr, SHIFTED: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    RUN: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr,
+    WORDS: tl.constexpr, SHIFTED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [batch, prefix + kept, D], dense."""
@@ -72,7 +71,7 @@ def _patch_embed_fwd_kernel(
     if program < tiles:
         offs_m = (program // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < patches
-        index = kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP)
+        index = kept_patches(keep_ptr, offs_m, mask_m, kept)
         base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         if SHIFTED:
@@ -104,7 +103,7 @@ def _patch_embed_fwd_kernel(
             acc = tl.dot(
                 x, tl.load(weight_ptrs, mask=mask_k, other=0.0), acc, input_precision=PRECISION
             )
-        if HAS_BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
         table_ptrs = table_ptr + (prefix + index)[:, None] * D + offs_n[None, :]
@@ -135,9 +134,8 @@ def _patch_embed_bwd_weight_kernel(
     partial_ptr, table_partial_ptr,
     patches, kept, columns, prefix, D, K, walked, positions,
     stride_b, stride_py, stride_px, stride_o, stride_y, stride_e,
-    HAS_KEEP: tl.constexpr, RUN: tl.constexpr, PADDED: tl.constexpr,
-    SIDE: tl.constexpr, WORDS: tl.constexpr, SHIFTED: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    RUN: tl.constexpr, PADDED: tl.constexpr, SIDE: tl.constexpr,
+    WORDS: tl.constexpr, SHIFTED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, 1, D, K] = d_out' patches over the `walked` patches of a split, and as
@@ -157,19 +155,19 @@ def _patch_embed_bwd_weight_kernel(
         start_k = tile % tiles_k * BLOCK_K
         if SHIFTED:
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            index = kept_patches(keep_ptr, offs_m, offs_m < end, kept, HAS_KEEP)
+            index = kept_patches(keep_ptr, offs_m, offs_m < end, kept)
             base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
             low, high = load_pixels(
                 images_ptr, base, offs_m < end, start_k, K, stride_o, stride_y, stride_e,
                 RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
             )  # fmt: skip
             offs_m += BLOCK_M
-            index = kept_patches(keep_ptr, offs_m, offs_m < end, kept, HAS_KEEP)
+            index = kept_patches(keep_ptr, offs_m, offs_m < end, kept)
         for first in range(start_m, end, BLOCK_M):
             offs_m = first + tl.arange(0, BLOCK_M)
             mask_m = offs_m < end
             if not SHIFTED:
-                index = kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP)
+                index = kept_patches(keep_ptr, offs_m, mask_m, kept)
                 base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
                 low, high = load_pixels(
                     images_ptr, base, mask_m, start_k, K, stride_o, stride_y, stride_e,
@@ -188,7 +186,7 @@ def _patch_embed_bwd_weight_kernel(
                     RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
                 )  # fmt: skip
                 next_m += BLOCK_M
-                index = kept_patches(keep_ptr, next_m, next_m < end, kept, HAS_KEEP)
+                index = kept_patches(keep_ptr, next_m, next_m < end, kept)
             d_out = _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D)
             acc = tl.dot(d_out, x, acc, input_precision=PRECISION)
         offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -199,7 +197,7 @@ def _patch_embed_bwd_weight_kernel(
         for first in range(start_m, end, BLOCK_M):
             offs_m = first + tl.arange(0, BLOCK_M)
             mask_m = offs_m < end
-            index = kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP)
+            index = kept_patches(keep_ptr, offs_m, mask_m, kept)
             # [BLOCK_M, BLOCK_K], 1 where the patch has the number: exact products
             x = (index[:, None] == offs_l[None, :]).to(DTYPE)
             d_out = _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D)
@@ -253,13 +251,12 @@ def forward(
     tiles_m = cdiv(batch * kept, block["BLOCK_M"]) + cdiv(batch * prefix, block["BLOCK_M"])
     weight, table = weight.contiguous(), table.to(weight.dtype).contiguous()
     _patch_embed_fwd_kernel[(tiles_m * cdiv(d, block["BLOCK_N"]),)](
-        images, images if keep is None else keep.contiguous(), weight,
-        weight if bias is None else bias.contiguous(), table,
+        images, None if keep is None else keep.contiguous(), weight,
+        None if bias is None else bias.contiguous(), table,
         out,
         batch * kept, batch, kept, columns, prefix, d, k,
         *strides,
-        HAS_KEEP=keep is not None, HAS_BIAS=bias is not None, **layout,
-        EVEN_K=k % block["BLOCK_K"] == 0, **block,
+        **layout, EVEN_K=k % block["BLOCK_K"] == 0, **block,
         PRECISION=input_precision(weight.element_size()),
         num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
     )  # fmt: skip
@@ -292,12 +289,11 @@ def backward(
     if batch:
         tiles_k = cdiv(k, block["BLOCK_K"]) + cdiv(positions, block["BLOCK_K"])
         _patch_embed_bwd_weight_kernel[(splits * cdiv(d, block["BLOCK_N"]) * tiles_k,)](
-            d_out, images, images if keep is None else keep.contiguous(),
+            d_out, images, None if keep is None else keep.contiguous(),
             partial, table_partial,
             batch * kept, kept, columns, prefix, d, k, walked, positions,
             *strides,
-            HAS_KEEP=keep is not None, **layout,
-            EVEN_K=k % block["BLOCK_K"] == 0, **block,
+            **layout, EVEN_K=k % block["BLOCK_K"] == 0, **block,
             PRECISION=input_precision(weight.element_size()),
             num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
         )  # fmt: skip
@@ -326,7 +322,7 @@ def cases() -> Iterator[Case]:
         (torch.uint8, torch.float32, 14, 42, shifted, all_archs),
     ):
         layout = dict(RUN=run, PADDED=padded(run, images), SIDE=side, stride_e=1)
-        layout |= dict(WORDS=read[0], SHIFTED=read[1], HAS_KEEP=True, EVEN_K=True)
+        layout |= dict(WORDS=read[0], SHIFTED=read[1], EVEN_K=True)
         layout |= dict(PRECISION="ieee")
         block = blocks(dtype, layout)
         pixels = "*u8" if images == torch.uint8 else pointer(images)
@@ -341,7 +337,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"forward {name}", _patch_embed_fwd_kernel,
             inputs | more | dict(bias_ptr="*fp32", batch="i32"),
-            layout | dict(HAS_BIAS=True) | block, 8, stages, archs, unaligned,
+            layout | block, 8, stages, archs, unaligned,
         )  # fmt: skip
         block["BLOCK_M"] = _backward_m(dtype, layout)
         more = dict(d_out_ptr=pointer(dtype), partial_ptr="*fp32", walked="i32", positions="i32")

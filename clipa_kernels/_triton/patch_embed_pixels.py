@@ -76,9 +76,9 @@ def unpacked(
 
 
 @triton.jit
-def kept_patches(keep_ptr, offs_m, mask_m, kept, HAS_KEEP: tl.constexpr):
-    """Numbers of the kept patches offs_m of the batch in their images."""
-    if HAS_KEEP:
+def kept_patches(keep_ptr, offs_m, mask_m, kept):
+    """Numbers of the kept patches offs_m of the batch in their images; all are, where None."""
+    if keep_ptr is not None:
         return tl.load(keep_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     else:
         return offs_m % kept

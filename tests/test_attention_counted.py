@@ -103,7 +103,7 @@ def test_new_memory_is_the_result():
 
 
 def enough(row):
-    """Blocks on a processor that the short path needs to hide the latency of memory."""
+    """Blocks on an SM that the short path needs to hide the latency of memory."""
     name, shape, dtype, *_ = row.label.split()
     longest = 16 if dtype == "fp32" else 64
     backward, forward = {80: 2, 90: 4, 100: 3}, {80: 4, 90: 4, 100: 4}

@@ -11,7 +11,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench.compiled import Row, compile_case, discovered, table
+from bench.meters.compiled import Row, compile_case, discovered, table
 
 
 def machine_code(*ops: str) -> list[Row]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_nothing
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import cu_seqlens_of, varlen_attention, varlen_attention_qkvpacked
 
 pytest.importorskip("triton")

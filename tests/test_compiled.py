@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compiled import ARCHS, Row, _resident, compile_case, discovered, table
+from bench.meters.compiled import ARCHS, Row, _resident, compile_case, discovered, table
 from clipa_kernels import _triton
 from clipa_kernels._triton.common import Case
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_nothing
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import contrastive_loss, sigmoid_loss
 
 tiles = pytest.importorskip("clipa_kernels._triton.contrastive_tiles")

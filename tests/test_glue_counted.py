@@ -6,9 +6,9 @@ import pytest
 import torch
 from machine_code import check_rows, machine_code, spills_nothing
 
-from bench import whole_block
-from bench.counted import counted
-from bench.whole_block import LENGTH, WIDTH
+from bench.meters import whole_block
+from bench.meters.counted import counted
+from bench.meters.whole_block import LENGTH, WIDTH
 from clipa_kernels import add_layer_norm, bias_gelu
 
 pytest.importorskip("triton")

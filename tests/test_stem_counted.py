@@ -4,7 +4,7 @@ import pytest
 import torch
 from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_nothing
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import patch_embed, random_patches
 
 pytest.importorskip("triton")

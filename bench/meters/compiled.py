@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not here, and report what the machine code costs.
 
-    python -m bench.compiled                 every case of clipa_kernels/_triton
-    python -m bench.compiled attention       those of one file
+    python -m bench.meters.compiled                 every case of clipa_kernels/_triton
+    python -m bench.meters.compiled attention       those of one file
 
     regs        registers a thread, of 255
     spill st/ld bytes a thread stores to and loads from local memory for want of registers

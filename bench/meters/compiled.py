@@ -1,7 +1,8 @@
-"""Compile kernels for GPUs that are not here, and report what the machine code costs.
+"""Compile what the library launches for GPUs that are not here: what the machine code costs.
 
-    python -m bench.meters.compiled                 every case of clipa_kernels/_triton
-    python -m bench.meters.compiled attention       those of one file
+    python -m bench.compiled                 every launch of the calls in calls.py
+    python -m bench.compiled attention       those of kernels in one file or folder
+    python -m bench.compiled --jobs 8        in so many processes
 
     regs        registers a thread, of 255
     spill st/ld bytes a thread stores to and loads from local memory for want of registers
@@ -13,28 +14,28 @@
                                16 bytes and two of 4); those of the tensor memory accelerator are
                                not among them
 
-Counts are of the machine code, each instruction once, however often a loop runs it. ptxas and
-nvdisasm are those that Triton ships. TRITON_INTERPRET must not be set. The command ends with 1
-where a case does not compile or does not fit its GPU.
+Counts are of the machine code, each instruction once, however often a loop runs it. Compiled is
+what Triton's own binder makes of a launch; see launches.py. cuobjdump is that of Triton.
+TRITON_INTERPRET must not be set. The command ends with 1 where a launch does not compile or does
+not fit its GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipa_kernels import _triton
-from clipa_kernels._triton.common import Case
+from bench.meters.launches import Launch, distinct
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,18 @@ WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  
 
 @dataclass
 class Row:
-    """A case compiled for one architecture; fields as in the module's docstring, in bytes."""
+    """A launch compiled; fields as in the module's docstring, in bytes.
+
+    types: of the kernel's arguments by name, as Triton writes them; sizes: its integers.
+    """
 
     label: str
     arch: int
     num_warps: int
     num_stages: int
+    kernel: str = ""
+    types: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     registers: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
@@ -88,79 +95,58 @@ class Row:
         return self.blocks_per_sm > 0
 
 
-def compile_case(case: Case, arch: int) -> Row:
-    """Compile one case for one architecture and read the machine code.
+def compile_launch(launch: Launch) -> Row:
+    """Compile a launch for its architecture and read the machine code.
 
-    Raises: RuntimeError under Triton's interpreter, and where Triton or ptxas refuses the kernel;
-    ValueError where an argument of the kernel is in neither of the case's dictionaries.
+    Raises: RuntimeError where Triton or ptxas refuses the kernel; ValueError for an architecture
+    that is not among ARCHS.
     """
+    code = compiled(launch)
+    return read(launch, code, disassembly(code))
+
+
+def compiled(launch: Launch) -> Any:
+    """Triton's compiled kernel of a launch. Raises as compile_launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("compile_case: TRITON_INTERPRET must be unset, got 1")
-    if arch not in ARCHS:
-        raise ValueError(f"compile_case: arch must be one of {sorted(ARCHS)}, got {arch}")
-    signature = _signature(case)
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if name not in case.unaligned and re.match(r"\*|[iu](32|64)$", kind)
-    }
-    source = ASTSource(case.kernel, signature, dict(case.constexprs), aligned)
-    options = dict(num_warps=case.num_warps, num_stages=case.num_stages)
+    if launch.arch not in ARCHS:
+        raise ValueError(f"compile_launch: arch must be among {sorted(ARCHS)}, got {launch.arch}")
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attrs)
+    target = GPUTarget("cuda", launch.arch, 32)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(source, target=target, options=launch.options)
     except Exception as error:
         raise RuntimeError(
-            f"compile_case: {case.label} must compile for sm_{arch}, got {error}"
+            f"compile_launch: {launch.label} must compile for sm_{launch.arch}, got {error}"
         ) from error
-    row = Row(case.label, arch, compiled.metadata.num_warps, case.num_stages)
-    row.registers, row.spill_stores, row.spill_loads = _ptxas(compiled, arch)
-    row.shared, row.shared_limit = compiled.metadata.shared, ARCHS[arch].block_shared
-    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+
+
+def read(launch: Launch, code: Any, listing: str) -> Row:
+    """The row of a launch, from its compiled kernel and that one's disassembly."""
+    row = Row(launch.label, launch.arch, code.metadata.num_warps, code.metadata.num_stages)
+    row.kernel, row.types = launch.name, launch.signature
+    row.sizes = {
+        name: value for name, value in launch.arguments.items() if type(value) in (int, bool)
+    }
+    row.registers = int(re.search(r"\bREG:(\d+)", listing)[1])
+    row.shared, row.shared_limit = code.metadata.shared, ARCHS[launch.arch].block_shared
+    columns = getattr(code.metadata, "tmem_size", None) or 0
     row.blocks_per_sm, row.limiter = _resident(row, columns)
-    row.occupancy = row.blocks_per_sm * row.num_warps / ARCHS[arch].warps
-    _read_code(row, compiled.asm["cubin"])
+    row.occupancy = row.blocks_per_sm * row.num_warps / ARCHS[launch.arch].warps
+    _count(row, listing)
     return row
 
 
-def _signature(case: Case) -> dict[str, str]:
-    """Types in the kernel's own order."""
-    signature = {}
-    for name in case.kernel.arg_names:
-        if name not in case.signature and name not in case.constexprs:
-            raise ValueError(
-                f"compile_case: {case.label} must give every argument of the kernel, got no {name}"
-            )
-        signature[name] = "constexpr" if name in case.constexprs else case.signature[name]
-    unknown = (set(case.signature) | set(case.constexprs)) - set(signature)
-    if unknown:
-        raise ValueError(
-            f"compile_case: {case.label} must name arguments of the kernel, got {sorted(unknown)}"
-        )
-    return signature
-
-
-def _ptxas(compiled: Any, arch: int) -> tuple[int, int, int]:
-    """(registers, spill stores, spill loads) that ptxas tells, called as Triton calls it."""
+def disassembly(code: Any) -> str:
+    """What cuobjdump tells of a compiled kernel: its use of registers, and its instructions."""
     from triton import knobs
 
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
-    ptx = compiled.asm["ptx"]
-    extra = (compiled.metadata.ptx_options or "").split()
-    if not compiled.metadata.enable_fp_fusion:
-        extra.append("--fmad=false")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        name = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
-        flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", *extra, f"--gpu-name={name}"]
-        log = _run(tool.path, *flags, path, "-o", path.with_suffix(".cubin"))
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    registers = re.search(r"Used (\d+) registers", log)
-    return int(registers[1]), int(spills[1]), int(spills[2])
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(code.asm["cubin"])
+        return _run(knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path)
 
 
 def _resident(row: Row, tensor_columns: int) -> tuple[int, str]:
@@ -180,14 +166,8 @@ def _resident(row: Row, tensor_columns: int) -> tuple[int, str]:
     return limits[limiter], limiter
 
 
-def _read_code(row: Row, cubin: bytes) -> None:
-    """Count tensor-core instructions and the widths of those to global memory."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        listing = _run(knobs.nvidia.nvdisasm.path, "-c", path)
+def _count(row: Row, listing: str) -> None:
+    """Count tensor-core instructions, and the widths of those to global and local memory."""
     for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing):
         operation, *modifiers = found[1].split(".")
         for name, pattern in TENSOR_CORE.items():
@@ -197,6 +177,10 @@ def _read_code(row: Row, cubin: bytes) -> None:
             row.load_widths[width] += 1
         elif operation == "STG":
             row.store_widths[width] += 1
+        elif operation == "STL":  # the same bytes that ptxas tells of
+            row.spill_stores += width
+        elif operation == "LDL":
+            row.spill_loads += width
 
 
 def _run(*command: str | Path) -> str:
@@ -206,66 +190,84 @@ def _run(*command: str | Path) -> str:
     )
     if run.returncode:
         name = os.path.basename(command[0])
-        raise RuntimeError(f"compile_case: {name} must succeed, got {run.stdout.strip()}")
+        raise RuntimeError(f"compile_launch: {name} must succeed, got {run.stdout.strip()}")
     return run.stdout
+
+
+def rows(launches: list[Launch], jobs: int = 1) -> Iterator[Row | RuntimeError]:
+    """A row for each launch, or why it does not compile, in their order, as they come."""
+    if jobs == 1:
+        yield from map(_row, launches)
+        return
+    global _launches
+    _launches = launches  # processes forked from here have it: kernels cannot be pickled
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        yield from pool.map(_row_of, range(len(launches)))
+
+
+_launches: list[Launch] = []
+
+
+def _row_of(place: int) -> Row | RuntimeError:
+    return _row(_launches[place])
+
+
+def _row(launch: Launch) -> Row | RuntimeError:
+    try:
+        return compile_launch(launch)
+    except RuntimeError as error:
+        return error
+
+
+def heading(width: int) -> str:
+    """The line above the rows, their labels in so many columns."""
+    return (
+        f"{'launch':{width}} sm warps stages regs  spill st/ld     shared KB  blocks/SM          "
+        f"  warps %  {'  '.join(TENSOR_CORE)}  load width, store width"
+    )
+
+
+def line(row: Row, width: int) -> str:
+    """A row below it."""
+    tensor_core = "".join(f"{row.tensor_core[name]:{len(name) + 2}}" for name in TENSOR_CORE)
+    widths = (
+        " ".join(f"{size}:{count}" for size, count in sorted(counts.items(), reverse=True))
+        for counts in (row.load_widths, row.store_widths)
+    )
+    shared = f"{row.shared / 1024:.1f}/{row.shared_limit // 1024}"
+    resident = f"{row.blocks_per_sm} ({row.limiter})" if row.fits else "DOES NOT FIT"
+    return (
+        f"{row.label:{width}} {row.arch:3}{row.num_warps:5}{row.num_stages:7}"
+        f"{row.registers:5}{row.spill_stores:7}/{row.spill_loads:<5}{shared:>12}  "
+        f"{resident:20}{100 * row.occupancy:7.0f}{tensor_core}  {', '.join(widths)}"
+    )
 
 
 def table(rows: Iterable[Row]) -> str:
     """One line a row."""
     rows = list(rows)
-    width = max([4, *(len(row.label) for row in rows)])
-    lines = [
-        f"{'case':{width}} sm warps stages regs  spill st/ld     shared KB  blocks/SM          "
-        f"  warps %  {'  '.join(TENSOR_CORE)}  load width, store width"
-    ]
-    for row in rows:
-        tensor_core = "".join(f"{row.tensor_core[name]:{len(name) + 2}}" for name in TENSOR_CORE)
-        widths = (
-            " ".join(f"{size}:{count}" for size, count in sorted(counts.items(), reverse=True))
-            for counts in (row.load_widths, row.store_widths)
-        )
-        shared = f"{row.shared / 1024:.1f}/{row.shared_limit // 1024}"
-        resident = f"{row.blocks_per_sm} ({row.limiter})" if row.fits else "DOES NOT FIT"
-        lines.append(
-            f"{row.label:{width}} {row.arch:3}{row.num_warps:5}{row.num_stages:7}"
-            f"{row.registers:5}{row.spill_stores:7}/{row.spill_loads:<5}{shared:>12}  "
-            f"{resident:20}{100 * row.occupancy:7.0f}{tensor_core}  {', '.join(widths)}"
-        )
-    return "\n".join(lines)
-
-
-def discovered(ops: Iterable[str] = ()) -> Iterator[Case]:
-    """The cases of the files in clipa_kernels/_triton that offer some; of these files alone.
-
-    Raises: ValueError where a file that is asked for is missing or offers none.
-    """
-    offering = {}
-    for module in pkgutil.iter_modules(_triton.__path__):
-        imported = importlib.import_module(f"{_triton.__name__}.{module.name}")
-        if hasattr(imported, "cases"):
-            offering[module.name] = imported.cases
-    for op in ops:
-        if op not in offering:
-            known = ", ".join(offering) or "none"
-            raise ValueError(f"discovered: ops must be among {known}, got {op!r}")
-    for name, cases in offering.items():
-        if not ops or name in ops:
-            yield from cases()
+    width = max([6, *(len(row.label) for row in rows)])
+    return "\n".join([heading(width), *(line(row, width) for row in rows)])
 
 
 def main() -> int:
-    """Print the table of all cases, or of those of the ops named."""
+    """Print the table of all launches, or of those of the ops named."""
+    from bench.meters.calls import recorded
+
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("ops", nargs="*", help="files of clipa_kernels/_triton; none: all")
-    rows, errors = [], []
-    for case in discovered(parser.parse_args().ops):
-        for arch in case.archs:
-            try:
-                rows.append(compile_case(case, arch))
-            except RuntimeError as error:
-                errors.append(str(error))
-    print(table(rows), *errors, sep="\n")
-    return int(bool(errors) or not all(row.fits for row in rows))
+    parser.add_argument("ops", nargs="*", help="files or folders of kernels; none: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    asked = parser.parse_args()
+    launches = distinct(recorded(*asked.ops))
+    width = max(len(launch.label) for launch in launches)
+    print(heading(width), flush=True)
+    good = True
+    for row in rows(launches, asked.jobs):
+        fine = isinstance(row, Row)
+        print(line(row, width) if fine else row, flush=True)
+        good = good and fine and row.fits
+    return int(not good)
 
 
 if __name__ == "__main__":

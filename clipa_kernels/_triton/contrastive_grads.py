@@ -12,14 +12,12 @@ statistics; the sigmoid's sums over all logits (loss, scale, bias) leave a tile 
 and are added in a fixed order. Over a group G is without the scale, whose gradient is sum(X * dX).
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, pointer
+from .common import arch, cdiv
 from .contrastive_tiles import (
     LOG2E,
     PART,
@@ -30,8 +28,6 @@ from .contrastive_tiles import (
     narrow_parts,
     products,
     rowwise,
-    rungs,
-    signature,
 )
 
 # Rows of a strip: its G is 2 R N bytes. Products of 4096 rows keep a library at full speed.
@@ -336,32 +332,3 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(a.float(), b.float())
-
-
-def cases() -> Iterator[Case]:
-    """Every rung of the table with every variant of the kernels."""
-    pointers = ("bias_ptr", "rows_ptr", "cols_ptr", "slope_ptr", "d_loss_ptr", "sums_ptr")
-    sizes = ("row0", "height", "part0", "tiles", "stride_gm")
-    for dtype, width, archs in rungs():
-        types = signature(dtype) | dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32")
-        types |= dict(g_ptr=pointer(dtype), weight="fp32")
-        config = config_for(width, dtype.itemsize, archs[0])
-        staff = config.num_warps, config.num_stages, archs
-        label = f"{pointer(dtype)[1:]} D={width}"
-        for name, sigmoid, scaled, store in (
-            ("backward", False, True, True),
-            ("backward over a group", False, False, True),
-            ("sigmoid", True, False, True),
-            ("sigmoid, sums only,", True, False, False),
-        ):
-            paired = not sigmoid and (dtype == torch.float32 or not scaled)
-            form = dict(SIGMOID=sigmoid, PAIRED=paired, SCALED=scaled, STORE_G=store)
-            constants = form | constexprs(config, width)
-            yield Case(f"{name} {label}", _contrastive_bwd_kernel, types, constants, *staff)
-        if dtype.itemsize == 2:
-            names = ("g_ptr", "x_ptr", "row0", "height", "N", "D", "stride_gm", "stride_xm")
-            own = {name: types[name] for name in names}
-            own |= dict(total_ptr="*fp32", out_ptr=pointer(dtype))
-            blocks = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-            constants = {name: constexprs(config, width)[name] for name in blocks}
-            yield Case(f"last product {label}", _last_product_kernel, own, constants, *staff)

@@ -1,6 +1,5 @@
 """A tile of logits: its size, its products, and where its pairs lie; for both passes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,14 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, pointer
+from .common import LOG2_E
 
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
 PART = tl.constexpr(32)  # columns of a tile that the work on logits takes at a time
-# Of the features in the cases to compile. A width enters the code only through its rung of
-# config_for and whether it divides into slices: 512 stands for 256, 768, 1024 and 1280.
-WIDTHS = (512, 1000, 100)
 
 
 @dataclass(frozen=True)
@@ -118,18 +114,3 @@ def constexprs(config: Config, width: int) -> dict[str, object]:
         EVEN_K=width % config.block_k == 0,
         PRECISION="ieee" if highest else "tf32",
     )
-
-
-def signature(dtype: torch.dtype) -> dict[str, str]:
-    """Types of the arguments that the kernels of both passes share."""
-    features = dict(x_ptr=pointer(dtype), y_ptr=pointer(dtype), scale_ptr="*fp32")
-    sizes = ("M", "N", "D", "first", "begin", "end", "stride_xm", "stride_yn")
-    return features | dict.fromkeys(sizes, "i32")
-
-
-def rungs() -> Iterator[tuple[torch.dtype, int, tuple[int, ...]]]:
-    """(dtype, width, architectures) of the cases: all rungs in bf16 and fp32, one in fp16."""
-    for archs in ((80,), (90, 100)):
-        yield from ((torch.bfloat16, width, archs) for width in WIDTHS)
-        yield torch.float16, WIDTHS[0], archs
-        yield from ((torch.float32, width, archs) for width in WIDTHS[::2])

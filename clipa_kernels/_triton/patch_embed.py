@@ -14,16 +14,14 @@ words of four pixels, two words shifted into one, and padded to 16 against zero 
 pass would write and read each kept patch once more: 1.3 to 1.7 of the minimum at widths to 1280.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, pointer, sum_partial
+from .common import arch, cdiv, sum_partial
 from .patch_embed_pixels import first_pixel, kept_patches, load_pixels, unpacked
-from .patch_embed_table import sorted_case, table_grad
+from .patch_embed_table import table_grad
 
 _SPLITS = 8  # of the tokens in the weight's gradient: their sums stay small beside the tokens
 _MOST_BY_PRODUCT = 64  # positions whose gradient comes as further columns of the weight's
@@ -306,48 +304,3 @@ def backward(
     (patches,) = sum_partial(table_partial, torch.float32)
     first = d_out[:, :prefix].sum(0, dtype=torch.float32)
     return dweight, torch.cat((first, patches.view(positions, d)))
-
-
-def cases() -> Iterator[Case]:
-    """uint8 of 16 and 14 pixels in HWC, 14 in CHW, and floating images, in bf16; fp16 and fp32."""
-    strides = ("stride_b", "stride_py", "stride_px", "stride_o", "stride_y")
-    all_archs, bytes_, words, shifted = (80, 90, 100), (False, False), (True, False), (True, True)
-    for images, dtype, side, run, read, archs in (
-        (torch.uint8, torch.bfloat16, 16, 48, bytes_, all_archs),
-        (torch.uint8, torch.bfloat16, 16, 48, words, (80,)),
-        (torch.uint8, torch.bfloat16, 14, 42, shifted, all_archs),
-        (torch.uint8, torch.bfloat16, 14, 14, shifted, all_archs),
-        (torch.uint8, torch.bfloat16, 16, 48, shifted, all_archs),
-        (torch.bfloat16, torch.bfloat16, 16, 16, bytes_, all_archs),
-        (torch.uint8, torch.float16, 16, 48, bytes_, all_archs),
-        (torch.uint8, torch.float32, 16, 48, bytes_, all_archs),
-        (torch.uint8, torch.float32, 16, 48, words, (80,)),
-        (torch.uint8, torch.float32, 14, 42, shifted, all_archs),
-    ):
-        layout = dict(RUN=run, PADDED=padded(run, images), SIDE=side, stride_e=1)
-        layout |= dict(WORDS=read[0], SHIFTED=read[1], HAS_KEEP=True, EVEN_K=True)
-        layout |= dict(PRECISION="ieee")
-        block = blocks(dtype, layout)
-        pixels = "*u8" if images == torch.uint8 else pointer(images)
-        inputs = dict(images_ptr=pixels, keep_ptr="*i64") | dict.fromkeys(strides, "i32")
-        sizes = ("patches", "kept", "columns", "prefix", "D", "K")
-        inputs |= dict.fromkeys(sizes, "i32")
-        unaligned = ("patches", "batch", "kept", "columns", "prefix", "positions")
-        unaligned += strides[1:] if read[1] else ()
-        stages = 3 if dtype.itemsize == 2 else 2
-        name = f"{pixels[1:]} {pointer(dtype)[1:]} {side} px, runs of {run}"
-        name += {bytes_: "", words: " in words", shifted: " in shifted words"}[read]
-        more = dict.fromkeys(("weight_ptr", "out_ptr", "table_ptr"), pointer(dtype))
-        yield Case(
-            f"forward {name}", _patch_embed_fwd_kernel,
-            inputs | more | dict(bias_ptr="*fp32", batch="i32"),
-            layout | dict(HAS_BIAS=True) | block, 8, stages, archs, unaligned,
-        )  # fmt: skip
-        block["BLOCK_M"] = _backward_m(dtype, layout)
-        more = dict(d_out_ptr=pointer(dtype), partial_ptr="*fp32", walked="i32", positions="i32")
-        more |= dict(table_partial_ptr="*fp32")
-        yield Case(
-            f"backward {name}", _patch_embed_bwd_weight_kernel, inputs | more,
-            layout | block, 8, stages, archs, unaligned,
-        )  # fmt: skip
-    yield sorted_case()

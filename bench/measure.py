@@ -43,6 +43,8 @@ def check_and_time(
     off = error(function, exact, leaves, d_out)
     assert off < limit, f"wrong by {off:.1e}"
     benchmark.pedantic(step, (function, leaves, d_out), warmup_rounds=2, rounds=5)
+    if not benchmark.enabled:  # --benchmark-disable: right, and not timed
+        return
     benchmark.extra_info |= {
         "GB/s": least / benchmark.stats.stats.min / 1e9,
         "error": off,

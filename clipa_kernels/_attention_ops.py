@@ -23,8 +23,9 @@ def attention_packed(
     with torch.autocast(qkv.device.type, enabled=False):
         if not kernels:
             return _attention_groups.forward(qkv, cu_seqlens, max_seqlen, causal, scale)
-        from ._triton import attention
+        from ._triton import attention, common
 
+        common.require_products("varlen_attention_qkvpacked", qkv)
         return attention.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
 
 
@@ -78,8 +79,9 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
     """Triton's kernels on three tensors, read where they lie."""
-    from ._triton import attention
+    from ._triton import attention, common
 
+    common.require_products("varlen_attention", q)
     return attention.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 

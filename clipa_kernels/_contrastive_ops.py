@@ -12,19 +12,21 @@ from torch import Tensor
 from . import _strips
 
 
-def _forward(kernels: bool) -> ModuleType:
+def _forward(kernels: bool, image: Tensor) -> ModuleType:
     if not kernels:
         return _strips
-    from ._triton import contrastive
+    from ._triton import common, contrastive
 
+    common.require_products("contrastive_loss", image)
     return contrastive
 
 
-def _backward(kernels: bool) -> ModuleType:
+def _backward(kernels: bool, image: Tensor, function: str = "contrastive_loss") -> ModuleType:
     if not kernels:
         return _strips
-    from ._triton import contrastive_grads
+    from ._triton import common, contrastive_grads
 
+    common.require_products(function, image)
     return contrastive_grads
 
 
@@ -40,7 +42,7 @@ def contrastive_stats(
     """As _strips.softmax_stats: rows [3, M], cols [2, N]."""
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
-        return _forward(kernels).softmax_stats(image, text, scale, pairs)
+        return _forward(kernels, image).softmax_stats(image, text, scale, pairs)
 
 
 @contrastive_stats.register_fake
@@ -67,7 +69,7 @@ def contrastive_grads(
     """Gradients of image, text and scale, empty where not wanted; see _strips.softmax_grads."""
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
-        grads = _backward(kernels).softmax_grads(
+        grads = _backward(kernels, image).softmax_grads(
             image, text, scale, rows, cols, slope, d_loss, pairs, tuple(wanted), wide
         )
     return _or_empty(grads, scale)
@@ -85,7 +87,7 @@ def contrastive_loss(
     """The loss, and rows [3, M], cols [2, M] and slope ([], or without kernels [0]) for
     contrastive_grads."""
     with torch.autocast(image.device.type, enabled=False):
-        return _forward(kernels).softmax_forward(image, text, scale)
+        return _forward(kernels, image).softmax_forward(image, text, scale)
 
 
 @contrastive_loss.register_fake
@@ -143,7 +145,8 @@ def sigmoid_loss(
     """The loss, and its gradients in fp32 (fp64), empty where not wanted."""
     pairs = _strips.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
-        results = _backward(kernels).sigmoid_pass(image, text, scale, bias, pairs, tuple(wanted))
+        strips = _backward(kernels, image, "sigmoid_loss")
+        results = strips.sigmoid_pass(image, text, scale, bias, pairs, tuple(wanted))
     return _or_empty(results, scale)
 
 

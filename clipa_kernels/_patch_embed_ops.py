@@ -116,8 +116,9 @@ def embed_tokens(
 
     uint8 images enter the product less 128.
     """
-    from ._triton import patch_embed
+    from ._triton import common, patch_embed
 
+    common.require_products("patch_embed", weight)
     return patch_embed.forward(images, keep, weight, bias, table, side, prefix)
 
 

@@ -85,13 +85,20 @@ def launches(*names: str):
         yield from (replace(launch, call=name) for launch in found)
 
 
-def outside_interpreter(*command: str) -> subprocess.CompletedProcess:
+def started(*command: str) -> subprocess.Popen:
+    """A program outside the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def outside_interpreter(*command: str) -> subprocess.CompletedProcess:
+    with started(*command) as run:
+        stdout, stderr = run.communicate()
+    return subprocess.CompletedProcess(command, run.returncode, stdout, stderr)
 
 
 def compiled_rows() -> dict:
@@ -293,16 +300,24 @@ raise SystemExit(compiled.main())
 
 
 def test_command():
-    """It compiles what the calls launch, and fails for what does not compile or fit."""
-    fine = outside_interpreter("-c", PROGRAM, "copy", "test_compiled", "--jobs", "1")
-    assert fine.returncode == 0, fine.stderr
-    assert [line.split()[:5] for line in fine.stdout.splitlines()[1:]] == [
+    """It compiles what the calls launch, row by row, and fails for what does not compile or fit."""
+    with started("-c", PROGRAM, "copy", "test_compiled") as fine:
+        assert fine.stdout.readline().startswith("launch ") and fine.poll() is None
+        first, running = fine.stdout.readline(), fine.poll() is None
+        stdout, stderr = fine.communicate()
+    assert running, "the first row must come before the last is made"
+    assert fine.returncode == 0, stderr
+    assert [line.split()[:5] for line in (first, *stdout.splitlines())] == [
         ["copy", "65536", "float32,", "copy", str(arch)] for arch in ARCHS
     ]
-    every = outside_interpreter("-c", PROGRAM, "copy,wrong,too large", "--jobs", "2")
+    every = outside_interpreter("-c", PROGRAM, "too large,wrong,copy", "--jobs", "2")
     assert every.returncode == 1
+    heads = [line.split()[0] for line in every.stdout.splitlines() if not line.startswith(" ")]
+    assert heads.index("dot") < heads.index("compile_launch:") < heads.index("copy")  # in order
     for says in ("DOES NOT FIT", "wrong must compile for sm_80, got", "\ncopy"):
         assert says in every.stdout
+    none = outside_interpreter("-c", PROGRAM, "copy", "--jobs", "0")
+    assert "--jobs must be at least 1, got 0" in none.stderr
     other = outside_interpreter("-c", PROGRAM, "copy", "other")
     assert "ops must be among test_compiled, got 'other'" in other.stderr
 

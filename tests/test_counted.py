@@ -1,4 +1,4 @@
-"""bench/counted.py and bench/torch_ops.py: counts worked out by hand."""
+"""bench/meters/counted.py and torch_ops.py: counts worked out by hand."""
 
 import os
 import subprocess

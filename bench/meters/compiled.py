@@ -2,7 +2,7 @@
 
     python -m bench.compiled                 every launch of the calls in calls.py
     python -m bench.compiled attention       those of kernels in one file or folder
-    python -m bench.compiled --jobs 8        in so many processes
+    python -m bench.compiled --jobs 8        by eight processes; rows in the same order
 
     regs        registers a thread, of 255
     spill st/ld bytes a thread stores to and loads from local memory for want of registers
@@ -16,7 +16,8 @@
 
 Counts are of the machine code, each instruction once, however often a loop runs it. Compiled is
 what Triton's own binder makes of a launch; see launches.py. cuobjdump is that of Triton.
-TRITON_INTERPRET must not be set. The command ends with 1 where a launch does not compile or does
+TRITON_INTERPRET must not be set. A row is printed as soon as it and those before it are there. The
+command ends with 1 where a launch does not compile, whose error stands in its row's place, or does
 not fit its GPU.
 """
 
@@ -257,8 +258,10 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("ops", nargs="*", help="files or folders of kernels; none: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     asked = parser.parse_args()
+    if asked.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {asked.jobs}")
     launches = distinct(recorded(*asked.ops))
     width = max(len(launch.label) for launch in launches)
     print(heading(width), flush=True)

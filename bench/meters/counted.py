@@ -20,9 +20,10 @@ Of a Triton launch, from the lanes that its masks leave on:
                left out, or inside it but beyond the first and last element of the views passed
 
 Loads and stores by a tensor descriptor count like the others; tl.dot_scaled is not counted.
-Triton 3.8's interpreter multiplies the bit patterns of bfloat16 in tl.dot; here the product is
-that of the values, summed in the accumulator's type. Its other arithmetic on bfloat16 stays wrong,
-so a kernel must cast to fp32 before it adds, as ours do. Of eager torch see torch_ops.py.
+Triton's interpreter (3.4 to 3.8) multiplies the bit patterns of bfloat16 in tl.dot; here the
+product is that of the values, summed in the accumulator's type. Its other arithmetic on bfloat16
+stays wrong, so a kernel must cast to fp32 before it adds, as ours do. Of eager torch see
+torch_ops.py.
 """
 
 from __future__ import annotations
@@ -255,11 +256,12 @@ class _Interpreter:
         for name, hook in hooks.items():  # on the one builder, so that deleting them restores it
             setattr(self.builder, name, partial(hook, getattr(self.builder, name)))
         executor.__call__ = lambda *args, **kwargs: self.run(call, *args, **kwargs)
+        self.builder.multiplies_bfloat16 = True  # the ops refuse bfloat16 without it
         try:
             yield
         finally:
             executor.__call__ = call
-            for name in hooks:
+            for name in (*hooks, "multiplies_bfloat16"):
                 delattr(self.builder, name)
 
     def run(self, call: Callable, executor: Any, *args: Any, **kwargs: Any) -> None:

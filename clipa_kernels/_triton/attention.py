@@ -295,7 +295,7 @@ def _constants(
 ) -> dict[str, Any]:
     """Those of the short kernel `name`. In 16 bits the chunks of a head go APART, each read, made
     and written by itself: in the registers of one. In fp32 that takes more than all together."""
-    how = constexprs(head_dim, causal, uniform, unit)
+    how = constexprs(head_dim, itemsize, causal, uniform, unit)
     if itemsize == 2 and name == "forward" and head_dim in _CUTS:
         how |= zip(("D0", "D1", "D2"), _CUTS[head_dim], strict=True)
     how |= dict(PACK=pack_for(max_seqlen, uniform), APART=itemsize == 2 and how["D1"] > 0)

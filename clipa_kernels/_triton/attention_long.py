@@ -317,13 +317,13 @@ def tail_for(max_seqlen: int, head_dim: int, block: int, uniform: bool) -> int:
 
 
 def _backward_constants(
-    config: Config, max_seqlen: int, head_dim: int, causal: bool, uniform: bool, unit: int
+    config: Config, longest: int, head_dim: int, size: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, Any]:
-    how = constexprs(head_dim, causal, uniform, unit)
-    if 96 < head_dim <= 112 and max_seqlen > 512 and config.block_m == 64:  # 16 bits
+    how = constexprs(head_dim, size, causal, uniform, unit)
+    if 96 < head_dim <= 112 and longest > 512 and config.block_m == 64:  # 16 bits
         how |= dict(D0=64, D1=64, D2=0)  # with 1024 statistics, 64 + 32 + 16 spill on sm_80
-    how |= dict(LMAX=triton.next_power_of_2(max_seqlen), BLOCK=config.block_m, STEP=config.block_n)
-    return how | dict(TAIL=tail_for(max_seqlen, head_dim, config.block_m, uniform))
+    how |= dict(LMAX=triton.next_power_of_2(longest), BLOCK=config.block_m, STEP=config.block_n)
+    return how | dict(TAIL=tail_for(longest, head_dim, config.block_m, uniform))
 
 
 def long_forward(
@@ -342,7 +342,7 @@ def long_forward(
             *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
             scale,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            **constexprs(head_dim, causal, total == batch * max_seqlen, unit),
+            **constexprs(head_dim, q.element_size(), causal, total == batch * max_seqlen, unit),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
@@ -354,9 +354,9 @@ def long_backward(
 ) -> None:  # fmt: skip
     """Fill grads, of q, k and v."""
     (total, heads, head_dim), batch = q.shape, cu_seqlens.shape[0] - 1
-    config = config_for(max_seqlen, head_dim, q.element_size())
-    uniform = total == batch * max_seqlen
-    unit = stride_unit(q, k, v, do, *grads)
+    size = q.element_size()
+    config = config_for(max_seqlen, head_dim, size)
+    uniform, unit = total == batch * max_seqlen, stride_unit(q, k, v, do, *grads)
     if total:
         _attention_long_bwd_kernel[(batch * heads,)](
             q, k, v, cu_seqlens, do,
@@ -364,6 +364,6 @@ def long_backward(
             total, heads, max_seqlen,
             *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
             scale,
-            **_backward_constants(config, max_seqlen, head_dim, causal, uniform, unit),
+            **_backward_constants(config, max_seqlen, head_dim, size, causal, uniform, unit),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -8,12 +8,11 @@ order, from the ninth on and the first eight last, so that chunks begin where se
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv
+from .common import cdiv, input_precision
 
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 # Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
@@ -218,9 +217,10 @@ def stride_unit(*tensors: Tensor) -> int:
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:2]) else 1
 
 
-def constexprs(head_dim: int, causal: bool, uniform: bool, unit: int) -> dict[str, object]:
+def constexprs(
+    head_dim: int, itemsize: int, causal: bool, uniform: bool, unit: int
+) -> dict[str, object]:
     """Those that all kernels share."""
-    highest = torch.get_float32_matmul_precision() == "highest"
     d0, d1, d2 = chunks(head_dim)
     return dict(
         UNIFORM=uniform,
@@ -230,7 +230,7 @@ def constexprs(head_dim: int, causal: bool, uniform: bool, unit: int) -> dict[st
         D1=d1,
         D2=d2,
         UNIT=unit,
-        PRECISION="ieee" if highest else "tf32",
+        PRECISION=input_precision(itemsize),
     )
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._check import describe
+
 LOG2_E = 1.4426950408889634
 
 
@@ -26,11 +28,38 @@ def runs_on(device: torch.device) -> bool:
         return False
 
 
+def require_products(function: str, operand: Tensor) -> None:
+    """TypeError for bfloat16 under Triton's interpreter: its tl.dot multiplies the bit patterns, up
+    to Triton 3.8 at least. Who mends it there says so by the builder's `multiplies_bfloat16`."""
+    if operand.dtype != torch.bfloat16 or not triton.knobs.runtime.interpret:
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    if not getattr(interpreter_builder, "multiplies_bfloat16", False):
+        raise TypeError(
+            f'{function}: impl "triton" takes float32 or float16 under Triton\'s interpreter, '
+            f"whose products of bfloat16 are wrong, got {describe(operand)}"
+        )
+
+
 def arch() -> int:
     """The compute capability that kernels are compiled for, 80 for sm_80; 90 when interpreted."""
     if triton.knobs.runtime.interpret:
         return 90
     return triton.runtime.driver.active.get_current_target().arch
+
+
+def input_precision(itemsize: int) -> str:
+    """tl.dot's input_precision for elements of so many bytes: "tf32" where torch lets fp32 products
+    on CUDA use TF32. 16 bits have one form, and torch is not asked."""
+    if itemsize < 4:
+        return "ieee"
+    # From torch 2.9 this is what torch's own products read, and both switches set it; to ask
+    # get_float32_matmul_precision raises where the new one was used.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 def rows_of(x: Tensor) -> Tensor:

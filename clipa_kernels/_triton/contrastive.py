@@ -309,7 +309,7 @@ def _tile_stats(
         row_lse, col_lse, rows[2],
         m, n, d, *pairs, down, across,
         x.stride(0), y.stride(0),
-        PAIRED=paired, **_slots(config), **constexprs(config, d),
+        PAIRED=paired, **_slots(config), **constexprs(config, d, x.element_size()),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return rows, cols, row_lse, col_lse

@@ -32,6 +32,8 @@ from .contrastive_tiles import (
 
 # Rows of a strip: its G is 2 R N bytes. Products of 4096 rows keep a library at full speed.
 STRIP_ROWS = {2: 4096, 4: 2048}
+# Before, the sum that a 16-bit product is added to must have 16 bits as well.
+_ADDS_TO_FP32 = torch.__version__ >= (2, 10)
 
 
 @triton.jit
@@ -275,7 +277,7 @@ def _strip_pass(
             x.stride(0), y.stride(0), g.stride(0),
             weight or 0.0,
             SIGMOID=weight is None, PAIRED=form[0], SCALED=form[1], STORE_G=store,
-            **constexprs(config, d),
+            **constexprs(config, d, x.element_size()),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         done += grid
@@ -328,7 +330,9 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b, out in fp32."""
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out)
-    elif a.is_cuda:
+    elif a.is_cuda and _ADDS_TO_FP32:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(a.float(), b.float())
+        product = torch.empty_like(out)
+        _product(a, b, product)
+        out.add_(product)

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E
+from .common import LOG2_E, input_precision
 
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
@@ -105,12 +104,11 @@ def rowwise(features: Tensor) -> Tensor:
     return features if features.stride(1) == 1 else features.contiguous()
 
 
-def constexprs(config: Config, width: int) -> dict[str, object]:
-    highest = torch.get_float32_matmul_precision() == "highest"
+def constexprs(config: Config, width: int, itemsize: int) -> dict[str, object]:
     return dict(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         EVEN_K=width % config.block_k == 0,
-        PRECISION="ieee" if highest else "tf32",
+        PRECISION=input_precision(itemsize),
     )

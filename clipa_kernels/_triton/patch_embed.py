@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import arch, cdiv, sum_partial
+from .common import arch, cdiv, input_precision, sum_partial
 from .patch_embed_pixels import first_pixel, kept_patches, load_pixels, unpacked
 from .patch_embed_table import table_grad
 
@@ -230,10 +230,6 @@ def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]
     return strides, layout | dict(WORDS=words, SHIFTED=shifted)
 
 
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def forward(
     images: Tensor,
     keep: Tensor | None,
@@ -261,7 +257,8 @@ def forward(
         batch * kept, batch, kept, columns, prefix, d, k,
         *strides,
         HAS_KEEP=keep is not None, HAS_BIAS=bias is not None, **layout,
-        EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
+        EVEN_K=k % block["BLOCK_K"] == 0, **block,
+        PRECISION=input_precision(weight.element_size()),
         num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
     )  # fmt: skip
     return out
@@ -297,7 +294,8 @@ def backward(
             batch * kept, kept, columns, prefix, d, k, walked, positions,
             *strides,
             HAS_KEEP=keep is not None, **layout,
-            EVEN_K=k % block["BLOCK_K"] == 0, PRECISION=_precision(), **block,
+            EVEN_K=k % block["BLOCK_K"] == 0, **block,
+            PRECISION=input_precision(weight.element_size()),
             num_warps=8, num_stages=3 if weight.element_size() == 2 else 2,
         )  # fmt: skip
     dweight = sum_partial(partial, weight.dtype)[0].view(d, k)

@@ -1,4 +1,4 @@
-"""bench/wire.py: bytes sent by gloo processes, by hand; open_clip's loss and ours."""
+"""bench/meters/wire.py: bytes sent by gloo processes, by hand; open_clip's loss and ours."""
 
 import importlib.util
 from pathlib import Path

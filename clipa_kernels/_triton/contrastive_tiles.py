@@ -26,6 +26,10 @@ class Config:
 
 def config_for(width: int, itemsize: int, arch: int) -> Config:
     """The tile for features of `width` columns of `itemsize` bytes, on sm_`arch`."""
+    if width % 16:  # rows that begin anywhere take a pointer for every few columns
+        if itemsize == 4:
+            return Config(64, 64, 16, 8, 2)  # slices of 32 spill everywhere, 32 rows on sm_90
+        return Config(64, 64, 32, 8 if arch < 90 else 4, 3)  # 4 warps spill on sm_80
     if itemsize == 4 and arch < 90:
         return Config(64, 64, 32, 8, 2)  # fp32 runs on the FMA units: operands come from registers
     if itemsize == 4:

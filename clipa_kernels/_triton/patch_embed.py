@@ -32,22 +32,24 @@ def padded(run: int, dtype: torch.dtype) -> int:
     return cdiv(run, 16) * 16 if dtype == torch.uint8 else run
 
 
-def blocks(dtype: torch.dtype, layout: dict) -> dict[str, int]:
-    """Tile of tokens, width and pixels: 128 x 128 x 64 is the most that no GPU spills; padded runs
-    end on a multiple of 32 more often than of 64."""
-    halved = layout["SHIFTED"] or layout["RUN"] % 16 > 0
+def blocks(dtype: torch.dtype, halved: bool) -> dict[str, int]:
+    """Tile of tokens, width and pixels: 128 x 128 x 64 is the most that no GPU spills. Half the
+    pixels where a run may begin anywhere, which takes a pointer for each few; and padded runs end
+    on a multiple of 32 more often than of 64."""
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16 if halved else 32)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if halved else 64)
 
 
-def _backward_m(dtype: torch.dtype, layout: dict) -> int:
+def _backward_m(dtype: torch.dtype, layout: dict, halved: bool) -> int:
     """Tokens of a step of the weight's gradient, by what spills."""
     if dtype == torch.float32:
         return 32
     if layout["SHIFTED"]:
         return 32 if arch() >= 100 else 64  # 64 of 224-pixel images spill on sm_100
-    return 64 if layout["WORDS"] and layout["RUN"] % 16 else 128  # 128 of 8 pixels spill on sm_80
+    if layout["RUN"] % 16:  # 8 pixels: 128 spill on sm_80, which reads words, 64 on sm_100
+        return 64 if layout["WORDS"] else 128
+    return 64 if halved else 128  # 128 of images that begin at any byte spill on sm_100
 
 
 @triton.jit
@@ -212,8 +214,8 @@ def is_hwc(images: Tensor) -> bool:
     return images.stride(1) == 1 and images.stride(3) == images.shape[1]
 
 
-def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Strides and constexprs that the product's kernels share."""
+def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int], bool]:
+    """Strides and constexprs that the product's kernels share, and whether blocks are halved."""
     channels, hwc = images.shape[1], is_hwc(images)
     b, c, y, x = images.stride()
     run = side * channels if hwc else side
@@ -227,7 +229,8 @@ def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]
         # take them in fewer instructions than words.
         words, shifted = words and arch() < 90, False
     layout = dict(RUN=run, PADDED=padded(run, images.dtype), SIDE=side)
-    return strides, layout | dict(WORDS=words, SHIFTED=shifted)
+    halved = shifted or any(n % 16 for n in (run, images.data_ptr(), *strides[:-1]))
+    return strides, layout | dict(WORDS=words, SHIFTED=shifted), halved
 
 
 def forward(
@@ -246,8 +249,8 @@ def forward(
     out = weight.new_empty(batch, prefix + kept, d)
     if not batch:
         return out
-    strides, layout = _layout(images, side)
-    block = blocks(weight.dtype, layout)
+    strides, layout, halved = _layout(images, side)
+    block = blocks(weight.dtype, halved)
     tiles_m = cdiv(batch * kept, block["BLOCK_M"]) + cdiv(batch * prefix, block["BLOCK_M"])
     weight, table = weight.contiguous(), table.to(weight.dtype).contiguous()
     _patch_embed_fwd_kernel[(tiles_m * cdiv(d, block["BLOCK_N"]),)](
@@ -279,9 +282,9 @@ def backward(
     kept, (d, k) = d_out.shape[1] - prefix, weight.shape
     # Up to here one more tile of products is cheaper than a second reading of d_out.
     positions = rows - prefix if rows - prefix <= _MOST_BY_PRODUCT else 0
-    strides, layout = _layout(images, side)
-    block = blocks(weight.dtype, layout)
-    block["BLOCK_M"] = _backward_m(weight.dtype, layout)
+    strides, layout, halved = _layout(images, side)
+    block = blocks(weight.dtype, halved)
+    block["BLOCK_M"] = _backward_m(weight.dtype, layout, halved)
     walked = max(1, cdiv(cdiv(batch * kept, _SPLITS), block["BLOCK_M"])) * block["BLOCK_M"]
     splits = cdiv(batch * kept, walked)
     partial = weight.new_empty(splits, 1, d * k, dtype=torch.float32)

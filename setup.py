@@ -55,7 +55,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["clipa_kernels", "clipa_kernels._triton"],
-    install_requires=["torch>=2.6", "einops"],
+    install_requires=["torch>=2.8", "einops"],
     extras_require={
         "train": train,
         "test": test,

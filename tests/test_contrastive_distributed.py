@@ -212,7 +212,7 @@ def work(rank, size, store):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_processes(size, tmp_path):
+def test_processes_with_torch_and_triton(size, tmp_path):
     mp.get_context("forkserver").set_forkserver_preload(["torch", "clipa_kernels"])
     arguments = (size, tmp_path / "store")
     mp.start_processes(work, arguments, nprocs=size, start_method="forkserver")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import check_op
+from tolerance import check_close, check_op
 
-from clipa_kernels import add_layer_norm, add_layer_norm_reference
+from bench.counted import counted
+from clipa_kernels import add_layer_norm, add_layer_norm_reference, layer_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 8), (37, 80), (0, 16), (3, 5, 24), (2, 129)]
@@ -47,6 +48,55 @@ def test_gradients_of_weights_over_many_rows(weights):
     for grad, expected in zip(grads, exact, strict=True):
         error = (grad.double() - expected).abs().max() / expected.abs().max()
         assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gradients_over_rows_that_fill_no_cache(dtype, monkeypatch):
+    """The weights' gradient is made of several parts, the last shorter."""
+    monkeypatch.setattr(layer_norm, "_CACHED_ELEMENTS", 16 * 80)
+    check_op(
+        lambda **k: add_layer_norm(**k, impl="torch"),
+        add_layer_norm_reference, inputs((37, 80)), dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["residual", "first"])
+def test_16_bits_on_a_cpu_are_not_widened(first):
+    """As much memory as torch's own, but for a cache: what is written again costs the time."""
+    leaves = {name: t.bfloat16().requires_grad_() for name, t in inputs((16384, 256)).items()}
+    if first:
+        leaves["residual"] = None
+
+    def eager(x, residual, weight, bias):
+        total = x if residual is None else x + residual
+        return F.layer_norm(total, weight.shape, weight, bias), total
+
+    made = []
+    for function in (eager, add_layer_norm):
+        with counted() as count:
+            function(**leaves)[0].sum().backward()
+        made.append(count.new_bytes)
+    assert made[1] <= made[0] + 6e6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_second_derivatives(dtype):
+    def twice(function, to):
+        torch.manual_seed(0)
+        leaves = [t.to(dtype).to(to).requires_grad_() for t in inputs((9, 24)).values()]
+        y, total = function(*leaves)
+        weights = torch.randn(y.shape).to(dtype).to(to)
+        grads = torch.autograd.grad((y * weights + total).sum(), leaves, create_graph=True)
+        sums = sum(grad.double().square().sum() for grad in grads)
+        return torch.autograd.grad(sums, leaves, materialize_grads=True)
+
+    exact, own = (
+        twice(add_layer_norm_reference, torch.float64), twice(add_layer_norm_reference, dtype),
+    )  # fmt: skip
+    for name, *values in zip(
+        inputs((9, 24)), twice(add_layer_norm, dtype), exact, own, strict=True
+    ):
+        check_close(name, *values)
 
 
 def test_reference_is_torchs_layer_norm():

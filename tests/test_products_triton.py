@@ -26,6 +26,7 @@ from clipa_kernels import (
     varlen_attention_qkvpacked,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of empty lanes
 ROOT = Path(__file__).parents[1]
 # What allows TF32 in fp32 products on CUDA, and what does not; each follows the one before.
 SWITCHES = {
@@ -93,7 +94,6 @@ def test_compiled_products_are_refused_too(triton):
         compiled(torch.bfloat16, "triton")
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of empty lanes
 def test_ops_without_a_product_take_bfloat16(triton):
     from tolerance import check_op
 

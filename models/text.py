@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipa_kernels import Packed
+from clipa_kernels._check import readable
 
 from .transformer import Transformer, norm
 
@@ -85,7 +86,7 @@ class TextTransformer(nn.Module):
                 f"{name}: captions must have at most context = {config.context} tokens, "
                 f"got {max_seqlen}"
             )
-        if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        if not readable(ids) or not ids.numel():
             return
         if (cu_seqlens.diff() < 1).any():
             raise ValueError(

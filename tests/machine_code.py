@@ -1,6 +1,7 @@
-"""Cases of kernel files compiled without Triton's interpreter, which the tests' process runs under.
+"""Launches compiled without Triton's interpreter, which the tests' process runs under.
 
-As a program it compiles the files named and prints their rows as JSON.
+As a program it compiles what bench's calls launch of the kernels in the files named, and prints the
+rows as JSON.
 """
 
 import json
@@ -10,24 +11,26 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bench.compiled import Row, compile_all, table
+from bench.meters.calls import recorded
+from bench.meters.compiled import Row, rows, table
+from bench.meters.launches import distinct
 
 
 def machine_code(*ops: str) -> list[Row]:
-    """A row for every case of these files and each of its architectures."""
+    """A row for every launch of these kernels on each architecture."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(__file__).parents[1])
     command = [sys.executable, __file__, *ops]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    rows = [Row(**values) for values in json.loads(run.stdout)]
-    for row in rows:
+    made = [Row(**values) for values in json.loads(run.stdout)]
+    for row in made:
         row.tensor_core = Counter(row.tensor_core)
         for name in ("load_widths", "store_widths"):  # JSON's keys are texts
             counts = {int(width): count for width, count in getattr(row, name).items()}
             setattr(row, name, Counter(counts))
-    assert rows
-    return rows
+    assert made
+    return made
 
 
 def cores(row: Row) -> set[str]:
@@ -39,7 +42,8 @@ OWN_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
 def check_rows(rows: list[Row], good) -> None:
-    """Every row must be good; a table of those that are not."""
+    """Every row must be good, and there must be some; a table of those that are not."""
+    assert rows
     bad = [row for row in rows if not good(row)]
     assert not bad, "\n" + table(bad)
 
@@ -50,11 +54,11 @@ def spills_nothing(row: Row) -> bool:
 
 
 def main(ops: list[str]) -> None:
-    rows = list(compile_all(ops, jobs=2))
-    wrong = [row for row in rows if isinstance(row, str)]
-    if wrong:
-        raise SystemExit("\n".join(wrong))
-    print(json.dumps([vars(row) for row in rows]))
+    made = list(rows(distinct(recorded(*ops)), jobs=2))
+    for row in made:
+        if not isinstance(row, Row):
+            raise row
+    print(json.dumps([vars(row) for row in made]))
 
 
 if __name__ == "__main__":

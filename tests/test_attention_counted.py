@@ -4,7 +4,7 @@ import pytest
 import torch
 from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_nothing
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import cu_seqlens_of, varlen_attention, varlen_attention_qkvpacked
 
 pytest.importorskip("triton")
@@ -104,18 +104,16 @@ def test_new_memory_is_the_result():
 
 def enough(row):
     """Blocks on an SM that the short path needs to hide the latency of memory."""
-    name, shape, dtype, *_ = row.label.split()
-    longest = 16 if dtype == "fp32" else 64
     backward, forward = {80: 2, 90: 4, 100: 3}, {80: 4, 90: 4, 100: 4}
-    least = (backward if name == "backward" else forward)[row.arch]
-    return int(shape.split("x")[0]) > longest or row.blocks_per_sm >= least
+    least = backward if "bwd" in row.kernel else forward
+    return row.blocks_per_sm >= least[row.arch]
 
 
-def test_machine_code_of_every_row():
+def test_machine_code_of_every_launch():
     """Every rung and variant for three architectures: nothing spills, all fits, tensor cores."""
     rows = machine_code("attention")
     check_rows(rows, spills_nothing)
-    check_rows(rows, enough)
-    half = [row for row in rows if "fp32" not in row.label]
-    tiles = [row for row in half if int(row.label.split()[1].split("x")[0]) > 32]  # of 64 rows
+    check_rows([row for row in rows if row.kernel.startswith("attention_short")], enough)
+    half = [row for row in rows if row.types["q_ptr"] != "*fp32"]
+    tiles = [row for row in half if row.sizes["max_seqlen"] > 32]  # of 64 rows
     check_rows(tiles, lambda row: OWN_CORES[row.arch] in cores(row))

@@ -8,6 +8,7 @@ compiles each kernel down to LLVM; what becomes of that is in the tests of the m
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.compiled import discovered
 from clipa_kernels import (
     _contrastive_ops,
     add_layer_norm,
@@ -327,8 +327,9 @@ def test_it_binds_and_compiles(outcomes, op):
 
 
 def test_every_kernel_is_launched(outcomes):
-    launched = {name for _, kernels in outcomes[0].values() for name in kernels}
-    assert launched == {case.kernel.__name__ for case in discovered()}
+    sources = [path.read_text() for path in (ROOT / "clipa_kernels").rglob("*.py")]
+    names = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
+    assert names == {name for _, kernels in outcomes[0].values() for name in kernels}
 
 
 def test_kernels_run_where_their_tensors_lie(outcomes):

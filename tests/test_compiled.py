@@ -1,7 +1,7 @@
-"""bench/compiled.py: kernels whose machine code is known by its cause.
+"""bench's launches and compiled: kernels whose arguments and machine code are known by their cause.
 
 The tests of this process run under Triton's interpreter; this file, run as a program without it,
-compiles the cases below once and prints their rows.
+records and compiles the launches below once and prints what came of them.
 """
 
 import json
@@ -9,13 +9,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.compiled import ARCHS, Row, _resident, compile_case, discovered, table
-from clipa_kernels import _triton
-from clipa_kernels._triton.common import Case
+from bench.meters.calls import recorded
+from bench.meters.compiled import ARCHS, Row, _resident, compile_launch, compiled, table
+from bench.meters.launches import _Driver, distinct, recording
+from clipa_kernels import add_layer_norm
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -48,24 +51,38 @@ def wrong_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.arange(0, 2 * BLOCK)))
 
 
-COPY = dict(x_ptr="*fp32", out_ptr="*fp32", size="i32")
-DOT = dict(x_ptr="*fp16", y_ptr="*fp16", out_ptr="*fp32", n="i32", k="i32")
-
-
 def tile(m: int, n: int, k: int) -> dict[str, int]:
     return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
 
 
-def cases():
-    yield Case("copy", copy_kernel, COPY, dict(BLOCK=1024))
-    unaligned = ("x_ptr", "size")
-    yield Case("from unaligned", copy_kernel, COPY, dict(BLOCK=1024), unaligned=unaligned)
-    yield Case("dot", dot_kernel, DOT, tile(128, 64, 64))
+def copy(offset: int = 0) -> None:
+    x, out = torch.empty(1 << 16)[offset:], torch.empty(1 << 16)
+    copy_kernel[(64,)](x, out, x.numel(), BLOCK=1024)
+
+
+def dot(*shape: int, **options: int) -> None:
+    x, y = torch.empty(1024, 1024).half(), torch.empty(1024, 1024).half()
+    dot_kernel[(8, 8)](x, y, torch.empty(1024, 1024), 1024, 1024, **tile(*shape), **options)
+
+
+CALLS = {
+    "copy": copy,
+    "from unaligned": lambda: copy(1),
+    "dot": lambda: dot(128, 64, 64),
     # One warp holds 128 x 128 sums: 512 a thread, of at most 255 registers.
-    yield Case("spills", dot_kernel, DOT, tile(128, 128, 32), num_warps=1, archs=(80,))
+    "spills": lambda: dot(128, 128, 32, num_warps=1),
     # 5 stages of two fp16 tiles of 128 x 128: 320 KB.
-    yield Case("too large", dot_kernel, DOT, tile(128, 128, 128), 8, 5, archs=(80, 90))
-    yield Case("wrong", wrong_kernel, dict(x_ptr="*fp32"), dict(BLOCK=16), archs=(80,))
+    "too large": lambda: dot(128, 128, 128, num_warps=8, num_stages=5),
+    "wrong": lambda: wrong_kernel[(1,)](torch.empty(64), BLOCK=16),
+}
+SOME = {"spills": (80,), "too large": (80, 90), "wrong": (80,)}  # architectures
+
+
+def launches(*names: str):
+    for name in names or CALLS:
+        with recording(*SOME.get(name, ARCHS)) as found:
+            CALLS[name]()
+        yield from (replace(launch, call=name) for launch in found)
 
 
 def started(*command: str) -> subprocess.Popen:
@@ -84,24 +101,108 @@ def outside_interpreter(*command: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, run.returncode, stdout, stderr)
 
 
-def print_rows():
-    """The rows as JSON, and for those that do not compile what is raised."""
+def compiled_rows() -> dict:
+    """By launch, and for those that do not compile what is raised."""
     rows = {}
-    for case in cases():
-        for arch in case.archs:
-            try:
-                row = compile_case(case, arch)
-                rows[f"{case.label} {arch}"] = vars(row) | {"fits": row.fits}
-            except RuntimeError as error:
-                rows[f"{case.label} {arch}"] = str(error)
-    print(json.dumps(rows))
+    for launch in launches():
+        try:
+            row = compile_launch(launch)
+            rows[f"{launch.call} {launch.arch}"] = vars(row) | {"fits": row.fits}
+        except RuntimeError as error:
+            rows[f"{launch.call} {launch.arch}"] = str(error)
+    return rows
+
+
+def bound() -> dict:
+    """What the recorder saw of launches whose arguments differ."""
+    with recording(90) as found:
+        x = torch.empty(1 << 40)  # 4 TiB
+        for size in (1, 2, 16, 1 << 33):
+            copy_kernel[(size,)](x, x[1:], size, BLOCK=16)
+        copy_kernel[lambda meta: (meta["BLOCK"],)](x[4:].half(), x, 16, BLOCK=32, num_warps=2)
+        copy_kernel[(2,)](x, x[1:], 4, BLOCK=16)  # as with 2
+    seen = [
+        dict(
+            types=launch.signature,
+            constants={
+                launch.kernel.arg_names[place]: v for (place,), v in launch.constants.items()
+            },
+            divides=[launch.kernel.arg_names[place] for (place,), v in launch.attrs.items() if v],
+            grid=launch.grid,
+            warps=launch.options["num_warps"],
+        )
+        for launch in found
+    ]
+    return dict(seen=seen, distinct=len(distinct(found)))
+
+
+def by_operators() -> list:
+    """Forward and backward of an operator on two architectures: (kernel, architecture)."""
+    with recording(80, 100) as found:
+        x = torch.empty(1 << 30, 64, requires_grad=True)
+        weight, bias = torch.empty(2, 64, requires_grad=True).unbind()
+        y, _ = add_layer_norm(x, None, weight, bias, impl="triton")
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+    return [(launch.name, launch.arch) for launch in found]
+
+
+def as_triton_compiles() -> list:
+    """Pairs of hashes: of a recorded launch, and of what JITFunction.run makes of the same one."""
+    hashes, driver = [], triton.runtime.driver
+    for launch in launches("copy", "from unaligned"):
+        driver.set_active(_Driver((launch.arch,)))
+        driver.active.get_current_device = lambda arch=launch.arch: arch  # a cache for each
+        driver.active.get_current_stream = lambda device: 0
+        size = 1 << 16
+        x = torch.empty(size)[launch.call != "copy" :]
+        made = copy_kernel.run(x, torch.empty(size), len(x), BLOCK=1024, grid=(64,), warmup=True)
+        hashes.append((compiled(launch).metadata.hash, made.metadata.hash))
+    return hashes
+
+
+def print_all() -> None:
+    kernels = sorted({launch.kernel.__name__ for launch in recorded(archs=(90,))})
+    results = dict(bound=bound(), by_operators=by_operators(), hashes=as_triton_compiles())
+    print(json.dumps(results | dict(rows=compiled_rows(), kernels=kernels)))
 
 
 @pytest.fixture(scope="module")
-def rows():
+def results():
     run = outside_interpreter(__file__)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def rows(results):
+    return results["rows"]
+
+
+def test_arguments_as_triton_binds_them(results):
+    """A 1 is a constant, multiples of 16 are marked, addresses likewise; large integers are i64."""
+    one, two, sixteen, large, other, _ = results["bound"]["seen"]
+    assert one["constants"] == dict(size=1, BLOCK=16) and one["types"]["size"] == "constexpr"
+    assert two["types"] == dict(x_ptr="*fp32", out_ptr="*fp32", size="i32", BLOCK="constexpr")
+    assert two["divides"] == ["x_ptr"] and sixteen["divides"] == ["x_ptr", "size"]
+    assert large["types"]["size"] == "i64" and large["grid"] == [1 << 33]
+    assert other["types"]["x_ptr"] == "*fp16" and other["divides"] == ["x_ptr", "out_ptr", "size"]
+    assert (other["grid"], other["warps"], two["warps"]) == ([32], 2, 4)
+    assert results["bound"]["distinct"] == 5
+
+
+def test_operators_run_once_for_each_architecture(results):
+    forward = [["add_layer_norm_fwd", 80], ["add_layer_norm_fwd", 100]]
+    backward = ["add_layer_norm_bwd", "sum_partial"]
+    # The gradients of the parameters are sums of partial ones.
+    assert results["by_operators"][:2] == forward
+    assert results["by_operators"][2:] == [[name, arch] for arch in (80, 100) for name in backward]
+
+
+def test_a_recorded_launch_is_compiled_to_what_triton_compiles(results):
+    assert len(results["hashes"]) == 2 * len(ARCHS)
+    assert all(recorded == made for recorded, made in results["hashes"])
+    assert len({made for _, made in results["hashes"]}) == len(results["hashes"])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +249,10 @@ def test_shared_memory(rows):
 
 
 def test_what_does_not_compile(rows):
-    assert rows["wrong 80"].startswith("compile_case: wrong must compile for sm_80, got ")
+    assert re.match(
+        r"compile_launch: wrong 64 float32, wrong must compile for sm_80, got ",
+        rows["wrong 80"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,70 +290,59 @@ def test_table():
 
 
 PROGRAM = """
-import multiprocessing
 import sys
-from bench import compiled
-multiprocessing.set_start_method("fork")  # the folder is another in this process alone
-compiled._triton.__path__ = [sys.argv.pop(1)]
+import test_compiled
+from bench.meters import calls, compiled
+names = sys.argv.pop(1).split(",")
+calls.calls = lambda: ((name, test_compiled.CALLS[name]) for name in names)
 raise SystemExit(compiled.main())
 """
-OP = """
-from test_compiled import cases as all_cases
-def cases():
-    return (case for case in all_cases() if case.label in {labels})
-"""
 
 
-def test_command(tmp_path):
-    """It finds the files that offer cases, and fails for what does not compile or fit."""
-    (tmp_path / "common.py").write_text("")
-    none = outside_interpreter("-c", PROGRAM, str(tmp_path))
-    assert (none.returncode, len(none.stdout.splitlines())) == (0, 1), none.stderr
-    (tmp_path / "fine.py").write_text(OP.format(labels=["copy"]))
-    (tmp_path / "bad.py").write_text(OP.format(labels=["wrong", "too large"]))
-    with started("-c", PROGRAM, str(tmp_path), "fine") as fine:
-        assert fine.stdout.readline().startswith("case ") and fine.poll() is None
+def test_command():
+    """It compiles what the calls launch, row by row, and fails for what does not compile or fit."""
+    with started("-c", PROGRAM, "copy", "test_compiled") as fine:
+        assert fine.stdout.readline().startswith("launch ") and fine.poll() is None
         first, running = fine.stdout.readline(), fine.poll() is None
         stdout, stderr = fine.communicate()
     assert running, "the first row must come before the last is made"
     assert fine.returncode == 0, stderr
-    assert [line.split()[:2] for line in (first, *stdout.splitlines())] == [
-        ["copy", "80"],
-        ["copy", "90"],
-        ["copy", "100"],
+    assert [line.split()[:5] for line in (first, *stdout.splitlines())] == [
+        ["copy", "65536", "float32,", "copy", str(arch)] for arch in ARCHS
     ]
-    every = outside_interpreter("-c", PROGRAM, str(tmp_path), "--jobs", "2")
+    every = outside_interpreter("-c", PROGRAM, "too large,wrong,copy", "--jobs", "2")
     assert every.returncode == 1
     heads = [line.split()[0] for line in every.stdout.splitlines() if not line.startswith(" ")]
-    assert heads.index("case") < heads.index("compile_case:") < heads.index("copy")  # in order
-    none = outside_interpreter("-c", PROGRAM, str(tmp_path), "--jobs", "0")
-    assert "--jobs must be at least 1, got 0" in none.stderr
-    for says in ("DOES NOT FIT", "compile_case: wrong must compile for sm_80, got", "\ncopy"):
+    assert heads.index("dot") < heads.index("compile_launch:") < heads.index("copy")  # in order
+    for says in ("DOES NOT FIT", "wrong must compile for sm_80, got", "\ncopy"):
         assert says in every.stdout
-    other = outside_interpreter("-c", PROGRAM, str(tmp_path), "other")
-    assert "ops must be among bad, fine, got 'other'" in other.stderr
+    none = outside_interpreter("-c", PROGRAM, "copy", "--jobs", "0")
+    assert "--jobs must be at least 1, got 0" in none.stderr
+    other = outside_interpreter("-c", PROGRAM, "copy", "other")
+    assert "ops must be among test_compiled, got 'other'" in other.stderr
 
 
-def test_errors(monkeypatch):
-    case = Case("copy", copy_kernel, COPY, dict(BLOCK=1024))
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    with pytest.raises(RuntimeError, match="compile_case: TRITON_INTERPRET must be unset, got 1"):
-        compile_case(case, 80)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match=r"arch must be one of \[80, 90, 100\], got 70"):
-        compile_case(case, 70)
-    with pytest.raises(ValueError, match="copy must give every argument of the kernel, got no siz"):
-        compile_case(case._replace(signature=dict(x_ptr="*fp32", out_ptr="*fp32")), 80)
-    with pytest.raises(ValueError, match=r"must name arguments of the kernel, got \['sizes'\]"):
-        compile_case(case._replace(signature=COPY | dict(sizes="i32")), 80)
+def test_errors():
+    with pytest.raises(RuntimeError, match="recording: TRITON_INTERPRET must be unset, got 1"):
+        recording(80).__enter__()
+    none = outside_interpreter("-c", WRONG_ARCH)
+    assert "compile_launch: arch must be among [80, 90, 100], got 70" in none.stderr
 
 
-def test_every_kernel_of_the_project_is_found():
-    """What `python -m bench.compiled` walks: the cases hold every kernel in _triton."""
-    sources = [path.read_text() for path in Path(_triton.__path__[0]).glob("*.py")]
+WRONG_ARCH = """
+import test_compiled
+from dataclasses import replace
+from bench.meters.compiled import compile_launch
+compile_launch(replace(next(test_compiled.launches("copy")), arch=70))
+"""
+
+
+def test_every_kernel_of_the_library_is_launched(results):
+    """By the calls that `python -m bench.compiled` walks."""
+    sources = [path.read_text() for path in (ROOT / "clipa_kernels").rglob("*.py")]
     names = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
-    assert names and names == {case.kernel.__name__ for case in discovered()}
+    assert names and sorted(names) == results["kernels"]
 
 
 if __name__ == "__main__":
-    print_rows()
+    print_all()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from bench.wire import wire_bytes
+from bench.meters.wire import wire_bytes
 from clipa_kernels import (
     ClipLoss,
     SigLipLoss,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import check_close
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import (
     ClipLoss,
     contrastive_loss,

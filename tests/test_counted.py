@@ -1,4 +1,4 @@
-"""bench/counted.py and bench/torch_ops.py: counts worked out by hand."""
+"""bench/meters/counted.py and torch_ops.py: counts worked out by hand."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import contrastive_loss
 
 triton = pytest.importorskip("triton")
@@ -416,7 +416,7 @@ def test_blocks_do_not_nest_and_leave_nothing():
 
 def test_needs_the_interpreter():
     run = subprocess.run(
-        [sys.executable, "-c", "from bench.counted import counted\nwith counted(): pass"],
+        [sys.executable, "-c", "from bench.meters.counted import counted\nwith counted(): pass"],
         cwd=Path(__file__).parents[1],
         env={name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,

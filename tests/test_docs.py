@@ -80,7 +80,7 @@ def test_readme_commands(tmp_path):
 
     assert parse(flags).preset == "clipa-v1-b16"
     # Compiling takes minutes: test_compiled.py runs this command on another file, and
-    # test_contrastive_counted.py compiles these cases.
+    # test_contrastive_counted.py compiles these launches.
     assert "python -m bench.compiled contrastive" in asked
 
 

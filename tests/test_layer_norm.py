@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import check_close, check_op
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import add_layer_norm, add_layer_norm_reference, layer_norm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

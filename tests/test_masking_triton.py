@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.counted import counted
+from bench.meters.counted import counted
 from clipa_kernels import block_patches, grid_patches, random_patches
 
 pytest.importorskip("triton")

@@ -153,7 +153,7 @@ def recorded():
     """The precision of each product in the block, which goes on as it would have."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    from bench.counted import counted
+    from bench.meters.counted import counted
 
     with counted():  # bfloat16 as well
         made, seen = builder.create_dot, []

@@ -1,4 +1,4 @@
-"""bench/wire.py: bytes sent by gloo processes, by hand; open_clip's loss and ours."""
+"""bench/meters/wire.py: bytes sent by gloo processes, by hand; open_clip's loss and ours."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from bench.wire import wire_bytes
+from bench.meters.wire import wire_bytes
 from clipa_kernels import ClipLoss
 
 ROWS, WIDTH = 6, 8

@@ -12,7 +12,6 @@ free. q, k, v are read where they lie, by strides, and gradients are written lik
 scratch, no order that could change.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_long import long_backward, long_cases, long_forward
+from .attention_long import long_backward, long_forward
 from .attention_tiles import (
     GRAD_STRIDES,
     LOWEST,
@@ -36,8 +35,6 @@ from .attention_tiles import (
     placed,
     scaled,
     sequence,
-    shapes,
-    signature,
     store_chunk,
     store_rows,
     stride_unit,
@@ -45,7 +42,7 @@ from .attention_tiles import (
     within_reach,
     zeros,
 )
-from .common import Case, cdiv, launcher, pointer
+from .common import cdiv, launcher
 
 # Chunks of the short forward in 16 bits, where those of chunks() spill or leave three blocks.
 _CUTS = {
@@ -306,25 +303,3 @@ def _short(
     config = config_for(max_seqlen, x.shape[2], x.element_size())
     launch |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
     return cdiv(batch, launch["PACK"]) * x.shape[1] if x.shape[0] else 0, launch
-
-
-def cases() -> Iterator[Case]:
-    """Every rung of the table, at head sizes that are cut in one, two and three chunks."""
-    for dtype, longest, head_dim, causal, uniform in shapes():
-        config = config_for(longest, head_dim, dtype.itemsize)
-        label = f"{longest}x{head_dim} {pointer(dtype)[1:]}"
-        label += f"{' causal' if causal else ''}{'' if uniform else ' ragged'}"
-        if longest > SHORT[dtype.itemsize]:
-            yield from long_cases(dtype, longest, head_dim, causal, uniform, label)
-            continue
-        kernels = {"forward": _attention_short_fwd_kernel, "backward": _attention_short_bwd_kernel}
-        for name, kernel in kernels.items():
-            backward = name == "backward"
-            yield Case(
-                f"{name} {label}",
-                kernel,
-                signature(dtype, backward),
-                _constants(name, head_dim, dtype.itemsize, longest, causal, uniform, 8),
-                config.num_warps,
-                config.num_stages,
-            )

@@ -13,10 +13,8 @@ full block of 64 are a block of their own size, TAIL, where all sequences are of
 tokens are 192 + 16 rows, not 256.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,14 +34,13 @@ from .attention_tiles import (
     placed,
     scaled,
     sequence,
-    signature,
     store_chunk,
     store_rows,
     stride_unit,
     turn_of,
     zeros,
 )
-from .common import Case, cdiv
+from .common import cdiv
 
 
 @triton.jit
@@ -352,28 +349,3 @@ def long_backward(
             **_backward_constants(config, max_seqlen, head_dim, size, causal, uniform, unit),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-
-
-def long_cases(
-    dtype: torch.dtype, longest: int, head_dim: int, causal: bool, uniform: bool, label: str
-) -> Iterator[Case]:
-    """Both passes of one longest length."""
-    config = forward_config(longest, head_dim, dtype.itemsize)
-    how = constexprs(head_dim, dtype.itemsize, causal, uniform, 8)
-    yield Case(
-        f"forward {label}",
-        _attention_long_fwd_kernel,
-        signature(dtype, False),
-        how | dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n),
-        config.num_warps,
-        config.num_stages,
-    )
-    config = config_for(longest, head_dim, dtype.itemsize)
-    yield Case(
-        f"backward {label}",
-        _attention_long_bwd_kernel,
-        signature(dtype, True),
-        _backward_constants(config, longest, head_dim, dtype.itemsize, causal, uniform, 8),
-        config.num_warps,
-        config.num_stages,
-    )

@@ -6,15 +6,13 @@ columns of 16 bits every other head begins in mid-sector: there the columns are 
 order, from the ninth on and the first eight last, so that chunks begin where sectors do.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, input_precision, pointer
+from .common import cdiv, input_precision
 
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 # Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
@@ -239,27 +237,3 @@ SIZES = ("T", "H", "max_seqlen")
 STRIDES = ("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh")
 STRIDES += ("stride_ot", "stride_oh")
 GRAD_STRIDES = (*STRIDES, "stride_gt", "stride_gh")
-
-
-def signature(dtype: torch.dtype, backward: bool) -> dict[str, str]:
-    """Types of the run-time arguments of the kernels of a pass."""
-    names = ["q_ptr", "k_ptr", "v_ptr"]
-    names += ["do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"] if backward else ["o_ptr"]
-    pointers = dict.fromkeys(names, pointer(dtype)) | dict(cu_seqlens_ptr="*i32")
-    numbers = dict.fromkeys((*SIZES, *(GRAD_STRIDES if backward else STRIDES)), "i32")
-    return pointers | numbers | dict(scale="fp32")
-
-
-def shapes() -> Iterator[tuple[torch.dtype, int, int, bool, bool]]:
-    """(dtype, longest, head size, causal, uniform) of the cases to compile."""
-    for head_dim in (64, 80, 88, 104, 128):
-        yield from ((torch.bfloat16, n, head_dim, False, True) for n in (8, 17, 50, 197))
-        yield from ((torch.bfloat16, n, head_dim, True, False) for n in (17, 50, 77))
-        yield torch.bfloat16, 50, head_dim, False, False
-        yield torch.bfloat16, 577, head_dim, False, True
-        yield torch.bfloat16, 577, head_dim, True, False
-    yield torch.bfloat16, 16, 64, False, True
-    yield torch.float16, 37, 80, True, False
-    for head_dim in (80, 88, 104, 128):
-        yield from ((torch.float32, n, head_dim, False, True) for n in (16, 50))
-        yield torch.float32, 50, head_dim, True, False

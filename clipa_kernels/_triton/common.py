@@ -1,11 +1,10 @@
-"""What the kernel files share: where they run, the sum of partial sums, and how their config
-tables are listed."""
+"""What the kernel files share: where they run, and the sum of partial sums."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import triton
@@ -83,12 +82,6 @@ def input_precision(itemsize: int) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def pointer(dtype: torch.dtype) -> str:
-    """Triton's name for a pointer to a dtype: "*bf16"."""
-    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-    return names[dtype]
-
-
 def rows_of(x: Tensor) -> Tensor:
     """[..., D] as [T, D] with dense rows; copied where its strides allow no such view."""
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
@@ -142,37 +135,3 @@ def sum_partial(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
         num_warps=4,
     )  # fmt: skip
     return out
-
-
-def sum_case(sums: int, dtype: torch.dtype) -> Case:
-    """The row of sum_partial, for the cases of the files that use it."""
-    signature = dict(partial_ptr="*fp32", first_ptr=pointer(dtype), second_ptr=pointer(dtype))
-    signature |= dict(parts="i32", D="i32")
-    constexprs = dict(SUMS=sums) | _SUM_BLOCK | ({} if sums > 1 else dict(second_ptr=None))
-    return Case(f"sum {sums} {pointer(dtype)[1:]}", _sum_partial_kernel, signature, constexprs, 4)
-
-
-class Case(NamedTuple):
-    """One row of a config table, as plain data: all that compiling it without a GPU needs.
-
-    A kernel file offers `cases() -> Iterator[Case]`, one for each row that a launcher can choose;
-    `python -m bench.compiled` finds them.
-
-    label: how reports call it, "attention forward 37x80 bf16"
-    kernel: the @triton.jit function
-    signature: Triton type of each run-time argument by name: "*bf16", "i32", "fp32"
-    constexprs: value of each tl.constexpr, and of integers that are 1 (Triton makes them constant)
-    num_warps, num_stages: as at the launch
-    archs: compute capabilities that may get this row, 80 for sm_80
-    unaligned: pointers and integers that are no multiple of 16 (bytes, or the value); all others
-        are, but those that the kernel does not specialise: it decides how wide loads and stores are
-    """
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    archs: tuple[int, ...] = (80, 90, 100)
-    unaligned: tuple[str, ...] = ()

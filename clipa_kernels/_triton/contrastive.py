@@ -14,14 +14,12 @@ _strips.py: a nearly sure pair keeps its digits. Logits are in bits (times log2 
 order of every sum is fixed.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, launcher, pointer
+from .common import arch, cdiv, launcher
 from .contrastive_tiles import (
     LN2,
     LOG2E,
@@ -35,8 +33,6 @@ from .contrastive_tiles import (
     narrow_parts,
     products,
     rowwise,
-    rungs,
-    signature,
 )
 
 LOWEST = tl.constexpr(-3.0e38)  # below any logit, and a difference to it is still finite
@@ -343,31 +339,3 @@ def _merge_launch(
         PAIRED=planes == 3, BLOCK=block, PARTS=parts,
         num_warps=warps,
     )  # fmt: skip
-
-
-def cases() -> Iterator[Case]:
-    """Every rung of the table with every variant of the kernels."""
-    for dtype, width, archs in rungs():
-        config = forward_config(width, dtype.itemsize, archs[0])
-        yield Case(
-            f"forward {pointer(dtype)[1:]} D={width}",
-            _contrastive_fwd_kernel,
-            signature(dtype)
-            | dict.fromkeys(("row_lse_ptr", "col_lse_ptr", "positive_ptr"), "*fp32")
-            | dict(down="i32", across="i32"),
-            dict(PAIRED=dtype == torch.float32)
-            | _slots(config)
-            | constexprs(config, width, dtype.itemsize),
-            config.num_warps,
-            config.num_stages,
-            archs,
-        )
-    pointers = ("row_lse_ptr", "col_lse_ptr", "scale_ptr", "rows_ptr", "cols_ptr")
-    merge = dict.fromkeys((*pointers, "loss_ptr", "slope_ptr"), "*fp32")
-    merge |= dict.fromkeys(("M", "N", "row_parts", "col_parts", "begin", "end"), "i32")
-    for paired in (False, True):
-        for finish, block, warps in ((True, 512, 16), (False, 128, 4)):
-            sizes = dict(PAIRED=paired, BLOCK=block, PARTS=8)
-            sizes |= {} if finish else dict(loss_ptr=None, slope_ptr=None)
-            label = f"merge{' and loss' if finish else ''}{', paired' if paired else ''}"
-            yield Case(label, _contrastive_merge_kernel, merge, sizes, warps)

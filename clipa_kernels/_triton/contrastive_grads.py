@@ -12,7 +12,6 @@ statistics; the sigmoid's sums over all logits (loss, scale, bias) leave a tile 
 and are added in a fixed order. Over a group G is without the scale, whose gradient is sum(X * dX).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, launcher, pointer
+from .common import arch, cdiv, launcher
 from .contrastive_tiles import (
     LOG2E,
     PART,
@@ -32,8 +31,6 @@ from .contrastive_tiles import (
     narrow_parts,
     products,
     rowwise,
-    rungs,
-    signature,
 )
 
 # Rows of a strip: its G is 2 R N bytes. Products of 4096 rows keep a library at full speed.
@@ -342,31 +339,3 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         product = torch.empty_like(out)
         _product(a, b, product)
         out.add_(product)
-
-
-def cases() -> Iterator[Case]:
-    """Every rung of the table with every variant of the kernels."""
-    softmax = ("rows_ptr", "cols_ptr", "d_loss_ptr", "slope_ptr", "d_scale_ptr")
-    sigmoid, sizes = ("bias_ptr", "sums_ptr"), ("row0", "height", "stride_gm")
-    for dtype, width, archs in rungs():
-        types = signature(dtype) | dict.fromkeys((*softmax, *sigmoid), "*fp32")
-        types |= dict.fromkeys(sizes, "i32") | dict(g_ptr=pointer(dtype), weight="fp32")
-        config = config_for(width, dtype.itemsize, archs[0])
-        launch = config.num_warps, config.num_stages, archs
-        label = f"{pointer(dtype)[1:]} D={width}"
-        for name, absent, paired in (
-            ("backward", sigmoid, dtype == torch.float32),
-            ("backward over a group", (*sigmoid, *softmax[3:]), True),
-            ("sigmoid", (*softmax, "weight"), False),
-            ("sigmoid, sums only,", (*softmax, "weight", "g_ptr"), False),
-        ):
-            constants = dict.fromkeys(absent) | dict(PAIRED=paired)
-            constants |= constexprs(config, width, dtype.itemsize)
-            yield Case(f"{name} {label}", _contrastive_bwd_kernel, types, constants, *launch)
-        if dtype.itemsize == 2:
-            names = ("g_ptr", "x_ptr", "row0", "height", "N", "D", "stride_gm", "stride_xm")
-            own = {name: types[name] for name in names}
-            own |= dict(total_ptr="*fp32", out_ptr=pointer(dtype))
-            blocks = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-            constants = {name: constexprs(config, width, dtype.itemsize)[name] for name in blocks}
-            yield Case(f"last product {label}", _last_product_kernel, own, constants, *launch)

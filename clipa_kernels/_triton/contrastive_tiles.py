@@ -1,14 +1,12 @@
 """A tile of logits: its size, its products, and where its pairs lie; for both passes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, input_precision, pointer
+from .common import LOG2_E, input_precision
 
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
@@ -16,9 +14,6 @@ PART = tl.constexpr(32)  # columns of a tile that the work on logits takes at a 
 # Where the pairs lie. Like counts of tiles and parts they align no address: not specialised, one
 # kernel fits all values, and none becomes a constant, as Triton makes of an integer that is 1.
 PLACES = ("first", "begin", "end")
-# Of the features in the cases to compile. A width enters the code only through its rung of
-# config_for and whether it divides into slices: 512 stands for 256, 768, 1024 and 1280.
-WIDTHS = (512, 1000, 100)
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,10 @@ class Config:
 
 def config_for(width: int, itemsize: int, arch: int) -> Config:
     """The tile for features of `width` columns of `itemsize` bytes, on sm_`arch`."""
+    if width % 16:  # rows that begin anywhere take a pointer for every few columns
+        if itemsize == 4:
+            return Config(64, 64, 16, 8, 2)  # slices of 32 spill everywhere, 32 rows on sm_90
+        return Config(64, 64, 32, 8 if arch < 90 else 4, 3)  # 4 warps spill on sm_80
     if itemsize == 4 and arch < 90:
         # fp32 runs on the FMA units, operands in registers: slices of 32 spill with Triton 3.6.
         return Config(64, 64, 16, 8, 2)
@@ -48,9 +47,9 @@ def config_for(width: int, itemsize: int, arch: int) -> Config:
 
 def forward_config(width: int, itemsize: int, arch: int) -> Config:
     """The tile of the forward, which holds the sums of its columns besides."""
-    if itemsize == 4 and arch < 90:
+    if itemsize == 4 and width % 16 == 0 and arch < 90:
         return Config(64, 128, 16, 8, 2)  # 64 columns spill with Triton 3.6 (ptxas 12.8)
-    if itemsize == 4 and arch >= 100:
+    if itemsize == 4 and width % 16 == 0 and arch >= 100:
         return Config(32, 64, 16, 4, 2)  # slices of 32 spill with Triton 3.6; these do on sm_90
     return config_for(width, itemsize, arch)
 
@@ -130,18 +129,3 @@ def constexprs(config: Config, width: int, itemsize: int) -> dict[str, object]:
         EVEN_K=width % config.block_k == 0,
         PRECISION=input_precision(itemsize),
     )
-
-
-def signature(dtype: torch.dtype) -> dict[str, str]:
-    """Types of the arguments that the kernels of both passes share."""
-    features = dict(x_ptr=pointer(dtype), y_ptr=pointer(dtype), scale_ptr="*fp32")
-    sizes = ("M", "N", "D", "first", "begin", "end", "stride_xm", "stride_yn")
-    return features | dict.fromkeys(sizes, "i32")
-
-
-def rungs() -> Iterator[tuple[torch.dtype, int, tuple[int, ...]]]:
-    """(dtype, width, architectures) of the cases: all rungs in bf16 and fp32, one in fp16."""
-    for archs in ((80,), (90,), (100,)):
-        yield from ((torch.bfloat16, width, archs) for width in WIDTHS)
-        yield torch.float16, WIDTHS[0], archs
-        yield from ((torch.float32, width, archs) for width in WIDTHS[::2])

@@ -6,14 +6,12 @@ backward   dy and x read, dx written; x + bias is made again, so no z is ever st
            a second launch adds in order. No atomics.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, launcher, pointer, rows_a_program, rows_of, sum_case, sum_partial
+from .common import cdiv, launcher, rows_a_program, rows_of, sum_partial
 
 # A warp's 16-byte loads in bf16 are 256 columns, which divide the hidden widths in use (1536, 3072,
 # 4096, 5120). 16 numbers a thread forward; 8 backward: with 16 a ragged width spills on sm_90.
@@ -172,29 +170,3 @@ def backward(
             num_warps=_WARPS,
         )  # fmt: skip
     return dx, None if partial is None else sum_partial(partial, bias.dtype)[0]
-
-
-def cases() -> Iterator[Case]:
-    """The three forms in bf16, the exact one in fp16 and fp32, and a ragged width."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for form, dtype, width in (
-        ("none", bf16, 5120), ("tanh", bf16, 5120), ("quick", bf16, 5120),
-        ("none", fp16, 5120), ("none", fp32, 5120), ("none", bf16, 100),
-    ):  # fmt: skip
-        label = f"{form} {pointer(dtype)[1:]} D={width}"
-        strides = ("stride_xm", "stride_ym")
-        unaligned = () if width % 16 == 0 else ("D", *strides)
-        variant = dict(FORM=form)
-        inputs = dict(x_ptr=pointer(dtype), bias_ptr="*fp32")
-        inputs |= dict.fromkeys(("rows", "D", "stride_xm"), "i32")
-        yield Case(
-            f"forward {label}", _bias_gelu_fwd_kernel, inputs | dict(y_ptr=pointer(dtype)),
-            variant | _FORWARD, _WARPS, unaligned=unaligned,
-        )  # fmt: skip
-        inputs |= dict.fromkeys(("dy_ptr", "dx_ptr"), pointer(dtype)) | dict(partial_ptr="*fp32")
-        inputs |= dict.fromkeys(("rows_a_program", "stride_ym"), "i32")
-        yield Case(
-            f"backward {label}", _bias_gelu_bwd_kernel, inputs,
-            variant | _BACKWARD, _WARPS, unaligned=unaligned,
-        )  # fmt: skip
-    yield sum_case(1, fp32)

@@ -10,7 +10,6 @@ the row is in registers, so the second time costs two sums and no memory. No ato
 walks its own rows in order, and their number does not depend on the device.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv, launcher, pointer, rows_a_program, rows_of, sum_case, sum_partial
+from .common import cdiv, launcher, rows_a_program, rows_of, sum_partial
 
 _PROGRAMS = 512  # of a backward: about four an SM, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
 _FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for so many rows
-WIDTHS = (1280, 4096, 768, 384, 100)  # of the cases to compile: each rung, and a ragged width
 
 
 @dataclass(frozen=True)
@@ -230,40 +228,3 @@ def backward(
     if partial is None:
         return dx, d_residual, None, None
     return dx, d_residual, *sum_partial(partial, weight.dtype, bias_dtype)
-
-
-def cases() -> Iterator[Case]:
-    """Every rung of the table in bf16; fp16, fp32 and a bf16 branch on an fp32 stream."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for x, stream, width in (
-        *((bf16, bf16, width) for width in WIDTHS),
-        (bf16, fp32, 1280),
-        (fp16, fp16, 1280),
-        (fp32, fp32, 4096),
-    ):
-        label = f"{pointer(x)[1:]} on {pointer(stream)[1:]} D={width}"
-        vector = dict(VECTOR=16 // max(x.itemsize, stream.itemsize))
-        strides = ("stride_xm", "stride_rm", "stride_ym", "stride_dm", "stride_tm")
-        unaligned = () if width % 16 == 0 else ("D", *strides)
-        pointers = dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32") | dict(eps="fp32")
-        sizes = dict.fromkeys(("rows", "D", "rows_a_program"), "i32")
-        config = config_for(width, 16)
-        inputs = dict.fromkeys(("x_ptr", "y_ptr"), pointer(x)) | dict.fromkeys(strides[:2], "i32")
-        inputs |= dict.fromkeys(("residual_ptr", "total_ptr"), pointer(stream))
-        block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
-        yield Case(
-            f"forward {label}", _add_layer_norm_fwd_kernel, pointers | sizes | inputs,
-            vector | block, config.num_warps, unaligned=unaligned,
-        )  # fmt: skip
-        config = config_for(width, 8)
-        inputs = dict.fromkeys(("dy_ptr", "dx_ptr"), pointer(x)) | dict.fromkeys(strides[2:], "i32")
-        names = ("d_total_ptr", "total_ptr", "d_residual_ptr")
-        inputs |= dict.fromkeys(names, pointer(stream)) | dict(partial_ptr="*fp32")
-        del pointers["bias_ptr"]
-        absent = {} if x != stream else dict(d_residual_ptr=None)
-        block = dict(BLOCK_M=config.block_m, BLOCK_D=config.block_d)
-        yield Case(
-            f"backward {label}", _add_layer_norm_bwd_kernel, pointers | sizes | inputs,
-            absent | vector | block, config.num_warps, unaligned=unaligned,
-        )  # fmt: skip
-    yield sum_case(2, fp32)

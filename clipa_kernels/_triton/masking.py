@@ -7,14 +7,12 @@ costs a count over the program's patches, 42 counts in all, where a sort takes 5
 leaves the patches out of order. Nothing is read; the indices are all that is written.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, launcher
+from .common import launcher
 
 INDEX_BITS = tl.constexpr(10)  # of a patch: 1024 at most
 # Numbers that no address is aligned by, so one kernel fits all values; and never a constant, which
@@ -106,14 +104,3 @@ def choose_patches(
 def _warps(block: int) -> int:
     """Eight patches a thread at most: counts within a warp need no barrier."""
     return max(1, block // 256)
-
-
-def cases() -> Iterator[Case]:
-    """The three masks for the largest images, and the smallest block."""
-    signature = dict(keep_ptr="*i64") | dict.fromkeys(_NUMBERS, "i32")
-    for mask, block in (("random", 1024), ("grid", 1024), ("block", 1024), ("random", 16)):
-        constexprs = dict(MASK=mask, BLOCK=block)
-        yield Case(
-            f"{mask} of {block}", _choose_patches_kernel, signature, constexprs,
-            _warps(block),
-        )  # fmt: skip

@@ -14,16 +14,14 @@ words of four pixels, two words shifted into one, and padded to 16 against zero 
 pass would write and read each kept patch once more: 1.3 to 1.7 of the minimum at widths to 1280.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, arch, cdiv, input_precision, launcher, pointer, sum_partial
+from .common import arch, cdiv, input_precision, launcher, sum_partial
 from .patch_embed_pixels import first_pixel, kept_patches, load_pixels, unpacked
-from .patch_embed_table import sorted_case, table_grad
+from .patch_embed_table import table_grad
 
 _SPLITS = 8  # of the tokens in the weight's gradient: their sums stay small beside the tokens
 _MOST_BY_PRODUCT = 64  # positions whose gradient comes as further columns of the weight's
@@ -35,20 +33,24 @@ def padded(run: int, dtype: torch.dtype) -> int:
     return cdiv(run, 16) * 16 if dtype == torch.uint8 else run
 
 
-def blocks(dtype: torch.dtype, layout: dict) -> dict[str, int]:
-    """Tile of tokens, width and pixels: 128 x 128 x 64 is the most that no GPU spills; padded runs
-    end on a multiple of 32 more often than of 64."""
-    halved = layout["SHIFTED"] or layout["RUN"] % 16 > 0
+def blocks(dtype: torch.dtype, halved: bool) -> dict[str, int]:
+    """Tile of tokens, width and pixels: 128 x 128 x 64 is the most that no GPU spills. Half the
+    pixels where a run may begin anywhere, which takes a pointer for each few; and padded runs end
+    on a multiple of 32 more often than of 64."""
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16 if halved else 32)
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if halved else 64)
 
 
-def _backward_m(dtype: torch.dtype, layout: dict) -> int:
+def _backward_m(dtype: torch.dtype, layout: dict, halved: bool) -> int:
     """Tokens of a step of the weight's gradient, by what spills."""
     if dtype == torch.float32:
         return 32
-    return 64 if layout["SHIFTED"] else 128
+    if layout["SHIFTED"]:
+        return 32 if arch() >= 100 else 64  # 64 of 224-pixel images spill on sm_100
+    if layout["RUN"] % 16:  # 8 pixels: 128 spill on sm_80, which reads words, 64 on sm_100
+        return 64 if layout["WORDS"] else 128
+    return 64 if halved else 128  # 128 of images that begin at any byte spill on sm_100
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -211,8 +213,8 @@ def is_hwc(images: Tensor) -> bool:
     return images.stride(1) == 1 and images.stride(3) == images.shape[1]
 
 
-def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Strides and constexprs that the product's kernels share."""
+def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int], bool]:
+    """Strides and constexprs that the product's kernels share, and whether blocks are halved."""
     channels, hwc = images.shape[1], is_hwc(images)
     b, c, y, x = images.stride()
     run = side * channels if hwc else side
@@ -226,7 +228,8 @@ def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int]]
         # take them in fewer instructions than words.
         words, shifted = words and arch() < 90, False
     layout = dict(RUN=run, PADDED=padded(run, images.dtype), SIDE=side)
-    return strides, layout | dict(WORDS=words, SHIFTED=shifted)
+    halved = shifted or any(n % 16 for n in (run, images.data_ptr(), *strides[:-1]))
+    return strides, layout | dict(WORDS=words, SHIFTED=shifted), halved
 
 
 @launcher
@@ -246,8 +249,8 @@ def forward(
     out = weight.new_empty(batch, prefix + kept, d)
     if not batch:
         return out
-    strides, layout = _layout(images, side)
-    block = blocks(weight.dtype, layout)
+    strides, layout, halved = _layout(images, side)
+    block = blocks(weight.dtype, halved)
     tiles_m = cdiv(batch * kept, block["BLOCK_M"]) + cdiv(batch * prefix, block["BLOCK_M"])
     weight, table = weight.contiguous(), table.to(weight.dtype).contiguous()
     _patch_embed_fwd_kernel[(tiles_m * cdiv(d, block["BLOCK_N"]),)](
@@ -279,9 +282,9 @@ def backward(
     kept, (d, k) = d_out.shape[1] - prefix, weight.shape
     # Up to here one more tile of products is cheaper than a second reading of d_out.
     positions = rows - prefix if rows - prefix <= _MOST_BY_PRODUCT else 0
-    strides, layout = _layout(images, side)
-    block = blocks(weight.dtype, layout)
-    block["BLOCK_M"] = _backward_m(weight.dtype, layout)
+    strides, layout, halved = _layout(images, side)
+    block = blocks(weight.dtype, halved)
+    block["BLOCK_M"] = _backward_m(weight.dtype, layout, halved)
     walked = max(1, cdiv(cdiv(batch * kept, _SPLITS), block["BLOCK_M"])) * block["BLOCK_M"]
     splits = cdiv(batch * kept, walked)
     partial = weight.new_empty(splits, 1, d * k, dtype=torch.float32)
@@ -303,47 +306,3 @@ def backward(
     (patches,) = sum_partial(table_partial, torch.float32)
     first = d_out[:, :prefix].sum(0, dtype=torch.float32)
     return dweight, torch.cat((first, patches.view(positions, d)))
-
-
-def cases() -> Iterator[Case]:
-    """uint8 of 16 and 14 pixels in HWC, 14 in CHW, and floating images, in bf16; fp16 and fp32."""
-    strides = ("stride_b", "stride_py", "stride_px", "stride_o", "stride_y")
-    all_archs, bytes_, words, shifted = (80, 90, 100), (False, False), (True, False), (True, True)
-    for images, dtype, side, run, read, archs in (
-        (torch.uint8, torch.bfloat16, 16, 48, bytes_, all_archs),
-        (torch.uint8, torch.bfloat16, 16, 48, words, (80,)),
-        (torch.uint8, torch.bfloat16, 14, 42, shifted, all_archs),
-        (torch.uint8, torch.bfloat16, 14, 14, shifted, all_archs),
-        (torch.uint8, torch.bfloat16, 16, 48, shifted, all_archs),
-        (torch.bfloat16, torch.bfloat16, 16, 16, bytes_, all_archs),
-        (torch.uint8, torch.float16, 16, 48, bytes_, all_archs),
-        (torch.uint8, torch.float32, 16, 48, bytes_, all_archs),
-        (torch.uint8, torch.float32, 16, 48, words, (80,)),
-        (torch.uint8, torch.float32, 14, 42, shifted, all_archs),
-    ):
-        layout = dict(RUN=run, PADDED=padded(run, images), SIDE=side, stride_e=1)
-        layout |= dict(WORDS=read[0], SHIFTED=read[1], EVEN_K=True)
-        layout |= dict(PRECISION="ieee")
-        block = blocks(dtype, layout)
-        pixels = "*u8" if images == torch.uint8 else pointer(images)
-        inputs = dict(images_ptr=pixels, keep_ptr="*i64") | dict.fromkeys(strides, "i32")
-        sizes = ("patches", "kept", "columns", "prefix", "D", "K")
-        inputs |= dict.fromkeys(sizes, "i32")
-        unaligned = strides[1:] if read[1] else ()
-        stages = 3 if dtype.itemsize == 2 else 2
-        name = f"{pixels[1:]} {pointer(dtype)[1:]} {side} px, runs of {run}"
-        name += {bytes_: "", words: " in words", shifted: " in shifted words"}[read]
-        more = dict.fromkeys(("weight_ptr", "out_ptr", "table_ptr"), pointer(dtype))
-        yield Case(
-            f"forward {name}", _patch_embed_fwd_kernel,
-            inputs | more | dict(bias_ptr="*fp32", batch="i32"),
-            layout | block, 8, stages, archs, unaligned,
-        )  # fmt: skip
-        block["BLOCK_M"] = _backward_m(dtype, layout)
-        more = dict(d_out_ptr=pointer(dtype), partial_ptr="*fp32", walked="i32", positions="i32")
-        more |= dict(table_partial_ptr="*fp32")
-        yield Case(
-            f"backward {name}", _patch_embed_bwd_weight_kernel, inputs | more,
-            layout | block, 8, stages, archs, unaligned,
-        )  # fmt: skip
-    yield sorted_case()

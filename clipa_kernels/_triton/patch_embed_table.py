@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Case, cdiv
+from .common import cdiv
 
 _SUM_ROWS = 8  # of a step: 16 spill on sm_100
 
@@ -55,10 +55,3 @@ def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Te
         num_warps=4,
     )  # fmt: skip
     return sums
-
-
-def sorted_case() -> Case:
-    """Its row, for the cases of patch_embed."""
-    sums = dict(d_out_ptr="*bf16", order_ptr="*i64", ends_ptr="*i64", sums_ptr="*fp32", D="i32")
-    constexprs = dict(BLOCK_R=_SUM_ROWS, BLOCK_D=256)
-    return Case("sorted sums", _sum_sorted_kernel, sums, constexprs, 4)

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.torch_ops import TorchCounter, TorchOp
+from bench.meters.torch_ops import TorchCounter, TorchOp
 
 _NOBODY, _SEVERAL = -1, -2  # instead of a program's number
 

@@ -1,6 +1,6 @@
 """Bytes a token that one whole block moves, forward and backward: ours, open_clip's and timm's.
 
-    TRITON_INTERPRET=1 python -m bench.whole_block
+    TRITON_INTERPRET=1 python -m bench.meters.whole_block
 
 ViT-H/14 at 37 tokens: the norms, products, attention, GELU and sums of one block, all counted by
 counted.py. Ours runs under Triton's interpreter, at a small batch. The others run on fake tensors:
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from bench.counted import Count, counted
+from bench.meters.counted import Count, counted
 from models.transformer import Block
 
 LENGTH, WIDTH, HEADS = 37, 1280, 16  # ViT-H/14 with three quarters of 144 patches dropped

@@ -9,7 +9,7 @@ generator back, is another in each call, and on each process whose generator is 
 keeps no state, so weights of open_clip and timm load strictly, and torch.compile takes it whole.
 """
 
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class PatchDropout(nn.Module):
         prob: share dropped, in [0, 1).
         exclude_first_token: open_clip's second argument, and timm's where it comes by position:
             the tokens in front that always stay, True for one.
-        num_prefix_tokens: timm's name for it; wins where it is given.
         ordered: timm's; kept tokens are in order in any case.
+        num_prefix_tokens: timm's name for the second; wins where it is given.
         seed: with the step that a call gives, names its masks, see forward: processes whose masks
             must differ take different seeds. In [-2**63, 2**64), where negative ones count from
             2**64 as torch's do.
@@ -45,8 +45,8 @@ class PatchDropout(nn.Module):
         self,
         prob: float = 0.5,
         exclude_first_token: bool | int = True,
-        num_prefix_tokens: int | None = None,
         ordered: bool = False,
+        num_prefix_tokens: int | None = None,
         *,
         seed: int | None = None,
     ):
@@ -56,14 +56,14 @@ class PatchDropout(nn.Module):
             raise TypeError(f"{name}: prob must be a number, got {prob!r}")
         if not 0 <= prob < 1:
             raise ValueError(f"{name}: prob must be in [0, 1), got {prob}")
-        if not isinstance(ordered, Integral) or ordered not in (0, 1):
+        if not isinstance(ordered, bool):
             raise TypeError(f"{name}: ordered must be True or False, got {ordered!r}")
         prefix = dict(exclude_first_token=exclude_first_token)
-        if isinstance(exclude_first_token, bool):
+        if type(exclude_first_token).__name__ in ("bool", "bool_"):  # NumPy's too
             prefix = dict(exclude_first_token=int(exclude_first_token))
         if num_prefix_tokens is not None:
             prefix = dict(num_prefix_tokens=num_prefix_tokens)
-        self.prob, self.ordered, self.seed = float(prob), bool(ordered), seed
+        self.prob, self.ordered, self.seed = float(prob), ordered, seed
         (self.num_prefix_tokens,) = require_int(name, 0, 2**31, **prefix)
         if seed is not None:
             (seed,) = require_int(name, -(2**63), 2**64, seed=seed)
@@ -120,7 +120,7 @@ class PatchDropout(nn.Module):
     def _keyed(self, x: Tensor, step: int | Tensor | None) -> Tensor:
         """keep of (seed, step), the step drawn where there is none."""
         batch, patches = x.shape[0], x.shape[1] - self.num_prefix_tokens
-        seed = self.seed % 2**64
+        seed = int(self.seed) % 2**64  # NumPy's integers, if assigned, hold no 2**64
         if step is None:
             step = torch.randint(1 << 32, (), device=x.device)
         elif not isinstance(step, Tensor):

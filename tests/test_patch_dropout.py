@@ -19,10 +19,12 @@ X = torch.randn(8, 30, 2)
         (PatchDropout(0.6, False), 0),
         (PatchDropout(0.6, exclude_first_token=True), 1),
         (PatchDropout(0.6, 3), 3),
+        (PatchDropout(0.6, 3, True), 3),
         (PatchDropout(prob=0.6, num_prefix_tokens=2, ordered=True), 2),
         (PatchDropout(np.float32(0.6), np.int16(2), seed=np.uint64(2**64 - 1)), 2),
+        (PatchDropout(np.float64(0.6), np.bool_(True)), 1),
     ],
-    ids=["default", "open_clip", "open_clip-named", "timm", "timm-named", "numpy"],
+    ids=["default", "open_clip", "named", "timm", "timm-whole", "timm-named", "numpy", "np-bool"],
 )
 def test_prefix_stays_and_the_rest_is_a_subset(module, prefix):
     x = torch.arange(20.0).view(1, 20, 1).repeat(4, 1, 3).requires_grad_()
@@ -160,8 +162,10 @@ def test_compiled_checkpointing_gives_the_plain_gradients():
         ("timm.layers", "PatchDropoutWithIndices"),
     ],
 )
-@pytest.mark.parametrize("args", [(), (0.3, False), (0.3, True)], ids=str)
+@pytest.mark.parametrize("args", [(), (0.3, False), (0.3, True), (0.3, 1, True)], ids=str)
 def test_attributes_and_state_are_theirs(module, name, args):
+    if module.startswith("open_clip"):
+        args = args[:2]
     theirs = getattr(pytest.importorskip(module), name)(*args)
     ours = getattr(clipa_kernels, name)(*args)
     for name in ("prob", "exclude_first_token", "num_prefix_tokens", "ordered"):
@@ -177,6 +181,8 @@ def test_attributes_hold_from_the_next_call_on():
     assert drop.num_prefix_tokens == 0 and drop(X).shape[1] == keep_count(30, 0.9)
     drop.num_prefix_tokens = 4
     assert drop.exclude_first_token and torch.equal(drop(X)[:, :4], X[:, :4])
+    drop.seed = np.int64(-3)
+    assert torch.equal(drop(X, 1), PatchDropout(0.9, 4, seed=-3)(X, 1))
 
 
 @pytest.mark.parametrize("module", [PatchDropout, PatchDropoutWithIndices])

@@ -8,6 +8,7 @@ from numbers import Integral, Number
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _attention_groups
@@ -195,8 +196,10 @@ def varlen_attention_forward(
         module: its is_causal counts where is_causal is None; a module without is not causal.
         query, key, value: [B, H, S, D].
         attention_mask: None; [B, S], 0 where a token is padding; or boolean [B, 1, S, S], padding
-            with or without causality, which then counts. Rows of padding are 0. With a mask the
-            device is waited for, for the number of tokens and what the mask hides.
+            with or without causality, which then counts. With a mask the device is waited for, for
+            the number of tokens and what the mask hides. Rows of padding are 0 with [B, S], as in
+            flash-attention, and with the other what sdpa makes of them, padded: SigLIP pools the
+            last token of its texts, padding or not.
         dropout: 0. scaling: None is D ** -0.5.
         kwargs: sliding_window must be None or at least S; softcap, position_bias, s_aux,
             cu_seq_lens_q and cu_seq_lens_k None; others change no result and are not used.
@@ -241,7 +244,22 @@ def varlen_attention_forward(
     q, k, v = (t.index_select(0, rows) for t in (q, k, v))
     out = varlen_attention(q, k, v, ends, length, causal=causal, scale=scale)
     padded = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, rows, out)
-    return padded.unflatten(0, (batch, length)), None
+    padded = padded.unflatten(0, (batch, length))
+    if attention_mask.dim() == 4 and len(rows) < batch * length:
+        padded = _with_padding_rows(padded, kept, query, key, value, attention_mask, scale)
+    return padded, None
+
+
+def _with_padding_rows(
+    out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None
+) -> Tensor:
+    """out [B, S, H, D] with sdpa's rows where a token is padding, of places that hold any."""
+    places = (~kept).any(0).nonzero().squeeze(1)
+    q, seen = q.index_select(2, places), seen.index_select(2, places)
+    rows = F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(1, 2)
+    real = kept.index_select(1, places)[..., None, None]
+    rows = torch.where(real, out.index_select(1, places), rows.to(out.dtype))
+    return out.index_copy(1, places, rows)
 
 
 def _is_cross(module: nn.Module) -> bool:

@@ -45,7 +45,7 @@ def patch_embed_reference(
 ) -> Packed:
     """The specification: normalise, convolve, add positions, pick; see patch_embed."""
     args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
-    mean, std = _checked("patch_embed_reference", *args)
+    pos_embed, cls_token, mean, std = _checked("patch_embed_reference", *args)
     wide = torch.promote_types(weight.dtype, torch.float32)
     x = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
     if mean is not None:
@@ -83,10 +83,11 @@ def patch_embed(
             which their tokens are wanted; an index may repeat. None keeps all L in order.
         weight: [D, C, P, P], as of nn.Conv2d(C, D, P, stride=P).
         bias: [D] or None.
-        pos_embed: [R + L, D]: prefix rows, then one for each patch.
-        cls_token: [D] or [R, D], rows in front of each image's patches; None means R = 0.
-        mean, std: [C] or C numbers, in units where white is 1, std above 0; both or neither. Not
-            differentiated.
+        pos_embed: [R + L, D]: prefix rows, then one for each patch; or [1, R + L, D], timm's.
+        cls_token: [D] or [R, D], rows in front of each image's patches; or [1, R, D], timm's; None
+            means R = 0.
+        mean, std: [C], NumPy's too, or C numbers, in units where white is 1, std above 0; both or
+            neither. Not differentiated.
         impl: "auto", "triton", "torch" or "reference".
     Returns:
         Packed with tokens [B * (R + K), D] in weight's dtype, or autocast's where it is on.
@@ -105,7 +106,7 @@ def patch_embed(
     torch.Size([2, 8])
     """
     args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
-    mean, std = _checked("patch_embed", *args)
+    pos_embed, cls_token, mean, std = _checked("patch_embed", *args)
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
@@ -193,12 +194,13 @@ def _checked(
     cls_token: Tensor | None,
     mean: Channels,
     std: Channels,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check all arguments of function name; mean and std as tensors."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Check all arguments of function name; pos_embed and cls_token without timm's dimension of
+    one image, mean and std as tensors."""
     _check_images(name, images, weight, bias)
     side = weight.shape[-1]
     patches = (images.shape[2] // side) * (images.shape[3] // side)
-    _check_tokens(name, patches, weight, pos_embed, cls_token)
+    pos_embed, cls_token = _check_tokens(name, patches, weight, pos_embed, cls_token)
     if keep is not None:
         _check_keep(name, keep, images.shape[0], patches)
     if (mean is None) != (std is None):
@@ -207,7 +209,7 @@ def _checked(
     std = _channels(name, "std", std, images, weight)
     tensors = dict(images=images, keep=keep, weight=weight, bias=bias, pos_embed=pos_embed)
     require_same_device(name, **tensors, cls_token=cls_token, mean=mean, std=std)
-    return mean, std
+    return pos_embed, cls_token, mean, std
 
 
 def _check_images(name: str, images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -242,6 +244,8 @@ def _channels(
     if values is None:
         return None
     size = weight.shape[1]
+    if not isinstance(values, Tensor) and hasattr(values, "tolist"):  # an array of NumPy
+        values = values.tolist()
     if isinstance(values, Tensor):
         require_tensor(name, **{label: values})
         require_float(name, **{label: values})
@@ -270,13 +274,15 @@ def _channels(
 
 def _check_tokens(
     name: str, patches: int, weight: Tensor, pos_embed: Tensor, cls_token: Tensor | None
-) -> None:
+) -> tuple[Tensor, Tensor | None]:
     require_tensor(name, pos_embed=pos_embed)
     require_float(name, pos_embed=pos_embed)
+    pos_embed = _of_one_image(pos_embed)
     width, prefix = weight.shape[0], 0
     if cls_token is not None:
         require_tensor(name, cls_token=cls_token)
         require_float(name, cls_token=cls_token)
+        cls_token = _of_one_image(cls_token)
         prefix = cls_token.numel() // width
         if cls_token.shape not in ((width,), (prefix, width)) or not prefix:
             raise ValueError(
@@ -287,6 +293,11 @@ def _check_tokens(
             f"{name}: pos_embed must be [{prefix} prefix + {patches} patches, {width}], "
             f"got {describe(pos_embed)}"
         )
+    return pos_embed, cls_token
+
+
+def _of_one_image(table: Tensor) -> Tensor:
+    return table[0] if table.dim() == 3 and table.shape[0] == 1 else table
 
 
 def _check_keep(name: str, keep: Tensor, batch: int, patches: int) -> None:

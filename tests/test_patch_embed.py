@@ -131,11 +131,23 @@ def test_compiles_in_one_graph(kind):
 @pytest.mark.parametrize("function", [patch_embed, patch_embed_reference])
 def test_mean_and_std_come_as_numbers_too(function):
     expected = function(**inputs(), mean=MEAN, std=STD).tokens
-    for kind in (list, tuple, lambda numbers: [np.float32(number) for number in numbers]):
+    for kind in (list, tuple, np.array, lambda numbers: [np.float32(number) for number in numbers]):
         norm = dict(mean=kind(MEAN.tolist()), std=kind(STD.tolist()))
         assert torch.equal(function(**inputs(), **norm).tokens, expected)
     ours = function(**inputs(), mean=(0, 0, 0), std=(1, 1, 1)).tokens
     assert torch.equal(ours, function(**inputs(), mean=torch.zeros(3), std=torch.ones(3)).tokens)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("function", [patch_embed, patch_embed_reference])
+def test_tables_come_with_a_dimension_of_one_image_too(function, prefix):
+    t = inputs(prefix=prefix)
+    names = [name for name in ("pos_embed", "cls_token") if t[name] is not None]
+    timm = t | {name: t[name].unsqueeze(0).requires_grad_() for name in names}
+    came = function(**timm).tokens
+    assert torch.equal(came, function(**t).tokens)
+    came.sum().backward()
+    assert all(timm[name].grad.shape == timm[name].shape for name in names)
 
 
 BAD = {
@@ -149,6 +161,7 @@ BAD = {
     "mean": (dict(mean=MEAN[:2], std=STD), ValueError, r"mean must be \[3\], got 2"),
     "zero std": (dict(mean=MEAN, std=torch.zeros(3)), ValueError, "std must be positive"),
     "positions": (dict(pos_embed=torch.zeros(9, 24)), ValueError, "1 prefix \\+ 9 patches, 24"),
+    "position tables": (dict(pos_embed=torch.zeros(2, 10, 24)), ValueError, "24.*, got 2x10x24"),
     "cls": (dict(cls_token=torch.zeros(5)), ValueError, r"cls_token must be \[24\] or \[R, 24\]"),
     "too high": (dict(keep=torch.tensor([[0], [9]])), ValueError, "from 0 to 8, got 0 to 9"),
     "negative": (dict(keep=torch.tensor([[0], [-1]])), ValueError, "from 0 to 8, got -1 to 0"),

@@ -111,7 +111,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
 
 def _integers(function: str, lengths: Iterable[int]) -> list[int]:
     """The lengths as Python's integers; a tensor of them may come in place of a sequence."""
-    if isinstance(lengths, Tensor):
+    if hasattr(lengths, "tolist"):  # of torch or NumPy: one without dimensions has no elements
         lengths = lengths.tolist()
     if not isinstance(lengths, Iterable) or isinstance(lengths, (str, bytes, Mapping, Set)):
         raise TypeError(f"{function}: lengths must be a sequence of integers, got {lengths!r}")

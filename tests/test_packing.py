@@ -90,6 +90,8 @@ def test_unpack_passes_gradients():
         (lambda: cu_seqlens_of([1], 1.5), TypeError, "^cu_seqlens_of: device .*, got 1.5"),
         (lambda: pack(torch.zeros(2, 3), [1.0, 2]), TypeError, "^pack: lengths .* got 1.0"),
         (lambda: pack(torch.zeros(2, 3), [True, 2]), TypeError, "^pack: lengths .* got True"),
+        (lambda: pack(torch.zeros(2, 3), np.array(3)), TypeError, "^pack: lengths .* got 3"),
+        (lambda: cu_seqlens_of(torch.tensor(3)), TypeError, "^cu_seqlens_of: lengths .* got 3"),
         (lambda: pack(torch.zeros(1, 1).to_sparse(), [1]), TypeError, "x must be dense, got"),
         (lambda: unpack(torch.zeros(3)), TypeError, "^unpack: packed must be Packed, got Tensor"),
         (lambda: unpack(ONE._replace(max_seqlen=2**40)), ValueError, "max_seqlen must be in"),

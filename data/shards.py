@@ -47,7 +47,7 @@ from .text import Tokenizer
 
 WINDOW_STREAM = 5
 _TRIES = 100  # unreadable samples in a row before a run gives up
-_FORMAT = 2  # part of the scan's name: raise it when what is stored changes
+_FORMAT = 3  # part of the scan's name: raise it when what is stored changes
 _Scan = tuple[np.ndarray, list[str]]  # rows, and what must be said of the tar each time
 
 
@@ -94,8 +94,8 @@ def _scan_tar(path: Path) -> _Scan:
     return samples_of(path)
 
 
-def _checksum(key: bytes, rows: np.ndarray) -> int:
-    start = zlib.crc32(f"{rows.dtype} {rows.shape}".encode(), zlib.crc32(key))
+def _checksum(key: bytes, rows: np.ndarray, said: list[str]) -> int:
+    start = zlib.crc32(f"{rows.dtype} {rows.shape} {json.dumps(said)}".encode(), zlib.crc32(key))
     return zlib.crc32(rows.tobytes(), start)
 
 
@@ -104,14 +104,14 @@ def _write_scan(path: Path, key: bytes, found: _Scan) -> None:
     rows, said = found
     with open(path, "wb") as file:
         np.save(file, rows)
-        file.write(json.dumps({"checksum": _checksum(key, rows), "said": said}).encode())
+        file.write(json.dumps({"checksum": _checksum(key, *found), "said": said}).encode())
 
 
 def _read_scan(path: Path, key: bytes) -> _Scan:
     with open(path, "rb") as file:
         rows = np.load(file, allow_pickle=False)
         rest = json.loads(file.read())
-    if rest["checksum"] != _checksum(key, rows):
+    if rest["checksum"] != _checksum(key, rows, rest["said"]):
         raise ValueError("scan: a kept scan must be what was written, got another")
     return rows, rest["said"]
 
@@ -183,7 +183,7 @@ class ShardLoader(Dataset):
         if self.count == 0:
             raise ValueError(
                 f"ShardLoader: shards must hold samples (an image and its .txt or .json), got none "
-                f"in {len(self.paths)} files"
+                f"in {len(self.paths)} files, the first {self.paths[0]}"
             )
         self.tokenizer, self.augmentation = tokenizer, augmentation or Augmentation()
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed

@@ -898,7 +898,7 @@ def test_bad_shards(shards, numbers, tmp_path):
         scan(tmp_path / "zip.tar", tmp_path)
     with tarfile.open(tmp_path / "none.tar", "w"):
         pass
-    with pytest.raises(ValueError, match="shards must hold samples .* got none in 1 files"):
+    with pytest.raises(ValueError, match="must hold samples .* got none in 1 files, the first "):
         shard_loader(tmp_path / "none.tar", numbers, tmp_path)
     for change, sentence in (
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -46,6 +46,7 @@ from .tars import samples_of
 from .text import Tokenizer
 
 WINDOW_STREAM = 5
+_SAID = 20  # sentences of what shards lack: thousands of them would hide the rest
 _TRIES = 100  # unreadable samples in a row before a run gives up
 _FORMAT = 3  # part of the scan's name: raise it when what is stored changes
 _Scan = tuple[np.ndarray, list[str]]  # rows, and what must be said of the tar each time
@@ -77,7 +78,7 @@ def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
         kept = cache_folder(cache) / "shards" / f"{name}.npy"
         with contextlib.suppress(Exception):  # it is missing, half written or another's
             return _read_scan(kept, key), True
-        found = _scan_tar(path)
+        found = samples_of(path)
     except OSError as error:
         raise ValueError(f"shards: {path} must be a file that can be read, got {error}") from error
     try:
@@ -88,10 +89,6 @@ def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
     except OSError:
         return found, False  # the next run scans again
     return found, True
-
-
-def _scan_tar(path: Path) -> _Scan:
-    return samples_of(path)
 
 
 def _checksum(key: bytes, rows: np.ndarray, said: list[str]) -> int:
@@ -176,9 +173,15 @@ class ShardLoader(Dataset):
         self.paths, self.cache, self.window = expand(pattern), cache, window
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
+        said: list[str] = []
         self.sizes = torch.tensor(
-            [len(self._first_scan(shard)) for shard in range(len(self.paths))]
+            [len(self._first_scan(shard, said)) for shard in range(len(self.paths))]
         )
+        for sentence in said[:_SAID]:
+            warnings.warn(sentence, stacklevel=2)
+        if len(said) > _SAID:
+            more = f"and {len(said) - _SAID} more such sentences, the last: {said[-1]}"
+            warnings.warn(f"shards: {more}", stacklevel=2)
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
@@ -270,11 +273,10 @@ class ShardLoader(Dataset):
             self._mixed[key] = order(self.seed, epoch, count, stream=stream)
         return self._mixed[key]
 
-    def _first_scan(self, shard: int) -> np.ndarray:
-        """A shard's scan; what is left out of the shard is said."""
-        (rows, said), kept = _scan(self.paths[shard], self.cache)
-        for sentence in said:
-            warnings.warn(sentence, stacklevel=4)
+    def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
+        """A shard's scan; `said` gains what is left out of the shard."""
+        (rows, sentences), kept = _scan(self.paths[shard], self.cache)
+        said += sentences
         if not kept:
             self._held[shard] = rows
         return rows

@@ -346,6 +346,18 @@ def test_a_scan_that_is_not_as_it_was_written_is_made_again(ten, damage):
     assert np.array_equal(scan(ten, ten.parent), rows)
 
 
+def test_many_broken_shards_are_told_in_few_words(words, tmp_path):
+    for number in range(30):
+        files = {f"{number}.png": picture(), f"{number}.txt": b"number 1", "lone.txt": b"number 2"}
+        shard(tmp_path / f"{number:02d}.tar", files)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loader(f"{tmp_path}/*.tar", words, tmp_path)
+    assert len(said) == 21
+    assert "10 more such sentences, the last: shards: " in str(said[-1].message)
+    assert "29.tar has captions without an image (lone.txt)" in str(said[-1].message)
+
+
 def test_a_scan_of_another_shard_is_not_taken(ten):
     rows = scan(ten, ten.parent)
     (mine,) = (ten.parent / "shards").iterdir()

@@ -26,6 +26,12 @@ def readable(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor)
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device: "meta" has none, and torch raises for it."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def require_tensor(function: str, **tensors: object) -> None:
     """TypeError unless every named argument is a tensor, neither sparse nor nested."""
     for name, value in tensors.items():

@@ -14,6 +14,7 @@ from . import _attention_ops, _attention_rivals
 from ._check import (
     as_flag,
     as_float,
+    autocasts,
     choose_impl,
     describe,
     require_float,
@@ -162,9 +163,8 @@ def _separate(
 ) -> Tensor:
     """The implementations that take three tensors; in their dtype also under autocast."""
     args = q, k, v, cu_seqlens, max_seqlen
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
+    if autocasts(q):
+        with torch.autocast(q.device.type, enabled=False):
             return _separate(impl, *args, causal, scale)
     if impl == "reference":
         return varlen_attention_reference(*args, causal=causal, scale=scale)

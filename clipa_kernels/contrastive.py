@@ -20,6 +20,7 @@ from torch import Tensor
 from . import _contrastive_ops, _strips
 from ._check import (
     as_float,
+    autocasts,
     choose_impl,
     describe,
     require_float,
@@ -211,9 +212,8 @@ def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, .
         )
     if image.numel() == 0:
         raise ValueError(f"{name}: at least one pair of features is needed, got {describe(image)}")
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (image.dtype, text.dtype):
-        dtype = torch.get_autocast_dtype(kind)
+    if autocasts(image) and torch.float64 not in (image.dtype, text.dtype):
+        dtype = torch.get_autocast_dtype(image.device.type)
         return image.to(dtype), text.to(dtype), *scalars.values()
     require_same_dtype(name, image=image, text=text)
     return image, text, *scalars.values()

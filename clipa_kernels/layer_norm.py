@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._check import (
     as_float,
+    autocasts,
     choose_impl,
     describe,
     require_float,
@@ -79,7 +80,7 @@ def add_layer_norm(
     both = torch.promote_types(weight.dtype, bias.dtype)
     weight, bias = weight.to(both), bias.to(both)
     # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return _layer_norm(total, weight, bias, eps, x.dtype), total
     return _layer_norm(total, weight, bias, eps, x.dtype), total

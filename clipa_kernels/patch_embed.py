@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import (
+    autocasts,
     choose_impl,
     describe,
     readable,
@@ -108,7 +109,7 @@ def patch_embed(
     args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
     pos_embed, cls_token, mean, std = _checked("patch_embed", *args)
     dtype = weight.dtype
-    if torch.is_autocast_enabled(images.device.type):
+    if autocasts(images):
         dtype = torch.get_autocast_dtype(images.device.type)
     like = images if images.dtype == torch.float64 else weight
     impl = choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
@@ -116,7 +117,8 @@ def patch_embed(
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
     refuse_tangents("patch_embed", images, weight, bias, pos_embed, cls_token)
-    with torch.autocast(images.device.type, enabled=False):
+    kind = "cpu" if images.is_meta else images.device.type
+    with torch.autocast(kind, enabled=False):
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
             table = pos_embed

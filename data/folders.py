@@ -4,7 +4,6 @@ photos/n01440764/1.jpg: a folder's name is its class's, underscores read as spac
 stand in photos/classes.txt, one a line: `n01440764 tench, Tinca tinca`.
 """
 
-import codecs
 import os
 import re
 import unicodedata
@@ -15,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .images import decode_square
+from .vocabularies import decoded
 
 
 def read_folder(root: str | Path, size: int) -> Iterator[tuple[Path, Tensor | None]]:
@@ -51,7 +51,8 @@ def class_names(root: str | Path, classes: Sequence[Path]) -> list[str]:
 
     A line of classes.txt is a folder's name, a space, tab, comma, colon or semicolon, and the
     class's name; either may stand in quotes. A warning tells what has no effect: folders of root
-    that are none of the classes, lines that name no folder, names given twice.
+    that are none of the classes, lines that name no folder, names given twice; and which classes
+    the file does not name.
     """
     own = {path: _text(os.fsencode(path.name), str(path)) for path in _folders(Path(root))}
     if lost := [name for path, name in own.items() if path not in classes]:
@@ -60,6 +61,8 @@ def class_names(root: str | Path, classes: Sequence[Path]) -> list[str]:
     given: dict[str, str] = {}
     if listed.is_file():
         given = _listed(_text(listed.read_bytes(), str(listed)), {*own.values()}, listed)
+        if unnamed := [own[path] for path in classes if own[path] not in given]:
+            _warn(f"{listed} does not name these classes, whose folders do: {_few(unnamed)}")
     names = [given.get(own[path], own[path]).replace("_", " ") for path in classes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         _warn(f"several classes have one name: {_few(twice)}")
@@ -70,7 +73,7 @@ def _listed(text: str, folders: set[str], path: Path) -> dict[str, str]:
     """The name that each folder has in classes.txt."""
     given: dict[str, str] = {}
     unknown, twice = [], []
-    for line in filter(None, map(str.strip, text.splitlines())):
+    for line in filter(None, map(str.strip, re.split(r"[\r\n]+", text))):
         for gap in reversed(list(re.finditer(r"[\s,;:]+", line))):  # folders may hold spaces
             folder, name = _unquoted(line[: gap.start()]), _unquoted(line[gap.end() :])
             if folder in folders and name:
@@ -97,10 +100,9 @@ def _warn(sentence: str) -> None:
 
 
 def _text(data: bytes, what: str) -> str:
-    """Text in the encodings that are met: UTF-8, UTF-16 by its mark, else Windows's."""
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    """Text in the encodings that are met: those of `decoded`, else Windows's."""
     try:
-        text = data.decode("utf-16" if wide else "utf-8-sig")
+        text = decoded(data)
     except UnicodeDecodeError:
         text = data.decode("cp1252", errors="replace")
         _warn(f"{what!r} is not in UTF-8, read as {text[:40]!r}")

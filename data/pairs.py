@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from .images import TooManyPixels
 from .tars import member_name
-from .vocabularies import decoded
+from .vocabularies import decoded, whole
 
 _CAPTION_BYTES = 2**24  # of a caption's file, which is read whole
 
@@ -35,10 +35,9 @@ def captions_of(data: bytes, is_json: int) -> list[str]:
     if isinstance(found, str):
         found = [found] if is_json else found.split("\n")
     texts = found if isinstance(found, list) else []
-    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    captions = [whole(text.strip()) for text in texts if isinstance(text, str) and text.strip()]
     if not captions:
         raise ValueError("a sample must hold a caption, got none")
-    "".join(captions).encode()  # half a surrogate pair is a ValueError
     return captions
 
 

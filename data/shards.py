@@ -46,8 +46,9 @@ from .tars import samples_of
 from .text import Tokenizer
 
 WINDOW_STREAM = 5
+_SAID = 20  # sentences of what shards lack: thousands of them would hide the rest
 _TRIES = 100  # unreadable samples in a row before a run gives up
-_FORMAT = 2  # part of the scan's name: raise it when what is stored changes
+_FORMAT = 3  # part of the scan's name: raise it when what is stored changes
 _Scan = tuple[np.ndarray, list[str]]  # rows, and what must be said of the tar each time
 
 
@@ -77,7 +78,7 @@ def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
         kept = cache_folder(cache) / "shards" / f"{name}.npy"
         with contextlib.suppress(Exception):  # it is missing, half written or another's
             return _read_scan(kept, key), True
-        found = _scan_tar(path)
+        found = samples_of(path)
     except OSError as error:
         raise ValueError(f"shards: {path} must be a file that can be read, got {error}") from error
     try:
@@ -90,12 +91,8 @@ def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
     return found, True
 
 
-def _scan_tar(path: Path) -> _Scan:
-    return samples_of(path)
-
-
-def _checksum(key: bytes, rows: np.ndarray) -> int:
-    start = zlib.crc32(f"{rows.dtype} {rows.shape}".encode(), zlib.crc32(key))
+def _checksum(key: bytes, rows: np.ndarray, said: list[str]) -> int:
+    start = zlib.crc32(f"{rows.dtype} {rows.shape} {json.dumps(said)}".encode(), zlib.crc32(key))
     return zlib.crc32(rows.tobytes(), start)
 
 
@@ -104,14 +101,14 @@ def _write_scan(path: Path, key: bytes, found: _Scan) -> None:
     rows, said = found
     with open(path, "wb") as file:
         np.save(file, rows)
-        file.write(json.dumps({"checksum": _checksum(key, rows), "said": said}).encode())
+        file.write(json.dumps({"checksum": _checksum(key, *found), "said": said}).encode())
 
 
 def _read_scan(path: Path, key: bytes) -> _Scan:
     with open(path, "rb") as file:
         rows = np.load(file, allow_pickle=False)
         rest = json.loads(file.read())
-    if rest["checksum"] != _checksum(key, rows):
+    if rest["checksum"] != _checksum(key, rows, rest["said"]):
         raise ValueError("scan: a kept scan must be what was written, got another")
     return rows, rest["said"]
 
@@ -176,14 +173,20 @@ class ShardLoader(Dataset):
         self.paths, self.cache, self.window = expand(pattern), cache, window
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
+        said: list[str] = []
         self.sizes = torch.tensor(
-            [len(self._first_scan(shard)) for shard in range(len(self.paths))]
+            [len(self._first_scan(shard, said)) for shard in range(len(self.paths))]
         )
+        for sentence in said[:_SAID]:
+            warnings.warn(sentence, stacklevel=2)
+        if len(said) > _SAID:
+            more = f"and {len(said) - _SAID} more such sentences, the last: {said[-1]}"
+            warnings.warn(f"shards: {more}", stacklevel=2)
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
                 f"ShardLoader: shards must hold samples (an image and its .txt or .json), got none "
-                f"in {len(self.paths)} files"
+                f"in {len(self.paths)} files, the first {self.paths[0]}"
             )
         self.tokenizer, self.augmentation = tokenizer, augmentation or Augmentation()
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
@@ -270,11 +273,10 @@ class ShardLoader(Dataset):
             self._mixed[key] = order(self.seed, epoch, count, stream=stream)
         return self._mixed[key]
 
-    def _first_scan(self, shard: int) -> np.ndarray:
-        """A shard's scan; what is left out of the shard is said."""
-        (rows, said), kept = _scan(self.paths[shard], self.cache)
-        for sentence in said:
-            warnings.warn(sentence, stacklevel=4)
+    def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
+        """A shard's scan; `said` gains what is left out of the shard."""
+        (rows, sentences), kept = _scan(self.paths[shard], self.cache)
+        said += sentences
         if not kept:
             self._held[shard] = rows
         return rows

@@ -35,7 +35,7 @@ def samples_of(path: Path) -> tuple[np.ndarray, list[str]]:
     """
     end, lost = path.stat().st_size, {}
     places: dict[str, tuple[int, int]] = {}
-    samples: list[_Parts] = []
+    samples: list[tuple[str, _Parts]] = []
     newest: dict[str, _Parts] = {}
     links: list[tuple[_Parts, str, str, str]] = []
     with open(path, "rb") as file:
@@ -60,14 +60,19 @@ def samples_of(path: Path) -> tuple[np.ndarray, list[str]]:
                 parts = newest.get(key)
                 if parts is None or extension in parts:
                     parts = newest[key] = {}
-                    samples.append(parts)
+                    samples.append((name, parts))
                 parts[extension] = place
                 if place is None:
                     links.append((parts, extension, name, target))
     if not newest and lost:
         raise ValueError(f"shards: {path} must be an uncompressed tar, got one that {_told(lost)}")
     _follow(links, places, lost)
-    rows = [row for parts in samples if (row := _row(parts, end))]
+    for name, parts in samples:
+        image, caption = (any(map(parts.__contains__, kinds)) for kinds in (_IMAGES, _CAPTIONS))
+        if image != caption:
+            kind = "images without a caption" if image else "captions without an image"
+            lost.setdefault(f"has {kind}", []).append(name)
+    rows = [row for _, parts in samples if (row := _row(parts, end))]
     said = [f"shards: {path} {_told({kind: where})}" for kind, where in lost.items()]
     return np.array(rows, dtype=np.int64).reshape(-1, 5), said
 

@@ -91,8 +91,9 @@ class Tokenizer:
             max_seqlen: length of the longest row.
 
         Raises:
-            ValueError: the context leaves no content token, the strategy has no such name, or a
-                caption has no token at all and the vocabulary no special ones.
+            ValueError: the context leaves no content token, the strategy has no such name, a word
+                is not in the vocabulary, which has no token for such, or a caption has no token at
+                all and the vocabulary no special ones.
             TypeError: a caption is no string.
 
         >>> words = Tokenizer(train_wordpiece(["red balloon", "blue balloon"], 40))
@@ -147,7 +148,10 @@ class Tokenizer:
             known = {one: known[one] for one in captions if one in known}
             self._known = known if len(fresh) < _REMEMBERED else {}
         texts = [self._clean(whole(one)) for one in fresh]
-        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception: a word without an id
+            raise ValueError(f"encode: every word must have an id, got {error}") from error
         known.update(zip(fresh, (one.ids for one in found), strict=True))
         return [known[one] for one in captions]
 
@@ -189,9 +193,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
             says how to convert it.
     """
     path = Path(path)
-    if path.suffix == ".gz" and path.is_file():
+    suffix = path.suffix.lower()
+    if suffix == ".gz" and path.is_file():
         return clip_bpe(path)
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         return bert_wordpiece(path)
     text = read_text(path, "load_tokenizer")
     try:
@@ -220,7 +225,8 @@ def clip_bpe(path: Path | str | None = None) -> Tokenizer:
             open_clip_torch.
 
     Raises:
-        ValueError: the file is missing or is no merge table, or has fewer merges than CLIP's.
+        ValueError: the file is missing or is no merge table, has fewer merges than CLIP's, or one
+            of pieces that none before it made.
         RuntimeError: path is None and neither is installed.
     """
     return Tokenizer(read_clip_merges(None if path is None else Path(path)))

@@ -131,14 +131,16 @@ def read_clip_merges(path: Path | None) -> tokenizers.Tokenizer:
         lines = decoded(gzip.decompress(path.read_bytes())).split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"clip_bpe: path must be a gzipped merge table, got {error}") from error
-    first = int("#version" in lines[0] or len(lines[0].split()) != 2)
+    letters = _byte_letters()
+    letters += [f"{letter}</w>" for letter in letters]
+    # The first merge is of two letters, as there is nothing else yet; another line is a heading.
+    first = int(len(lines[0].split()) != 2 or not {*lines[0].split()} <= {*letters})
     merges = [tuple(line.split()) for line in lines[first : first + _CLIP_MERGES]]
     while merges and not merges[-1]:
         merges.pop()
     if any(len(merge) != 2 for merge in merges):
         raise ValueError(f"clip_bpe: {path} must hold two pieces a line, got others")
-    letters = _byte_letters()
-    pieces = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    pieces = letters + ["".join(pair) for pair in merges]
     specials = ["<start_of_text>", "<end_of_text>"]
     vocabulary = {piece: number for number, piece in enumerate(pieces + specials)}
     # Ids are places in the table: those of one that is cut or another model's mean other pieces.
@@ -148,6 +150,11 @@ def read_clip_merges(path: Path | None) -> tokenizers.Tokenizer:
             f"clip_bpe: {path} must be CLIP's table of {_CLIP_MERGES} different merges or more, "
             f"got {len(set(merges))}"
         )
+    for place, merge in enumerate(merges, len(letters)):
+        if max(map(vocabulary.get, merge, (place, place))) >= place:
+            raise ValueError(
+                f"clip_bpe: {path} must hold merges of what is made before, got {' '.join(merge)!r}"
+            )
     model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
     tokenizer = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(_CLIP_PATTERN), "removed", invert=True)

@@ -234,7 +234,8 @@ def load_weights(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
 
     Raises:
         ValueError: keys are missing or left over, or a tensor is of another shape; names them.
-        TypeError: state_dict is no mapping, or a value no tensor.
+        TypeError: state_dict is no mapping, or a value no tensor, or one that is sparse, complex or
+            on the meta device.
     """
     if not isinstance(state_dict, Mapping):
         came = type(state_dict).__name__
@@ -250,6 +251,9 @@ def load_weights(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
     for key, value in weights.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"load_weights: {key} must be a tensor, got {type(value).__name__}")
+        if value.is_meta or value.layout != torch.strided or value.is_complex():
+            came = f"{value.dtype} in {value.layout} on {value.device}"
+            raise TypeError(f"load_weights: {key} must hold dense real numbers, got {came}")
         weights[key] = _fitted(model, key, value, own[key])
     model.load_state_dict(weights)
 

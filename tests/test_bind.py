@@ -39,6 +39,8 @@ from clipa_kernels import (
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 SIZES = (1, 2, 15, 16, 17, 127, 128, 129)
+# Older ones ask CUDA for its device when they index a fake tensor (2.8 does, 2.11 does not).
+FAKE_GPUS = torch.__version__ >= torch.torch_version.TorchVersion("2.11")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Calls = Iterator[tuple[str, Callable[[], object]]]
 
@@ -303,9 +305,9 @@ def current_devices() -> dict[str, list[int]]:
 
 def main() -> None:
     with ProcessPoolExecutor(2) as pool:
-        devices = pool.submit(current_devices)
+        devices = pool.submit(current_devices) if FAKE_GPUS else None
         outcomes = dict(zip(CALLS, pool.map(run_calls, CALLS), strict=True))
-        print(json.dumps([outcomes, devices.result()]))
+        print(json.dumps([outcomes, devices and devices.result()]))
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +334,7 @@ def test_every_kernel_is_launched(outcomes):
     assert names == {name for _, kernels in outcomes[0].values() for name in kernels}
 
 
+@pytest.mark.skipif(not FAKE_GPUS, reason="torch before 2.11 has no fake GPUs without a real one")
 def test_kernels_run_where_their_tensors_lie(outcomes):
     """On the second of two GPUs, while the first is current."""
     assert outcomes[1] and all(devices == [1] for devices in outcomes[1].values()), outcomes[1]

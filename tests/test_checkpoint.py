@@ -182,6 +182,19 @@ def test_newest_with_nan_is_skipped_with_a_warning(tmp_path):
         assert latest(tmp_path)["step"] == 1
 
 
+def test_newest_with_nan_in_a_moment_is_skipped_too(tmp_path):
+    model = build()
+    optimizer = adamw(model, CONFIG)
+    train(model, optimizer, 2)
+    save(tmp_path, pack_state(model, optimizer, CONFIG, step=2), 2)
+    optimizer.state[model[2].bias]["exp_avg"][0] = math.nan
+    path = save(tmp_path, pack_state(model, optimizer, CONFIG, step=3), 3)
+    with pytest.raises(RuntimeError, match=r"must hold finite tensors, got another as exp_avg of"):
+        load(path)
+    with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
+        assert latest(tmp_path)["step"] == 2
+
+
 def run_that_wrote(folder: Path, **change: object) -> Config:
     """The Config of a run, whose folder holds its checkpoint."""
     config = replace(CONFIG, output=str(folder), finetune_steps=2, **change)
@@ -223,6 +236,16 @@ def test_restore_refuses_what_others_wrote(key):
     model = build()
     with pytest.raises(ValueError, match="its optimizer and rng must be this run's, got KeyError"):
         restore(state_at(1) | {key: {}}, model, adamw(model, CONFIG))
+
+
+def test_restore_refuses_moments_of_another_shape():
+    model = build()
+    optimizer = adamw(model, CONFIG)
+    train(model, optimizer, 2)
+    state = pack_state(model, optimizer, CONFIG, step=2)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"exp_avg must have shape \(.*\), got \(3,\)"):
+        restore(state, build(), adamw(model, CONFIG))
 
 
 KILLED = """
@@ -275,6 +298,12 @@ def test_load_refuses(tmp_path):
     torch.save(state_at(1) | {"state_dict": {"a": 1}}, tmp_path / "numbers.pt")
     with pytest.raises(RuntimeError, match="must hold finite tensors, got another as a"):
         load(tmp_path / "numbers.pt")
+    torch.save(state_at(1) | {"state_dict": {3: torch.zeros(1)}}, tmp_path / "numbered.pt")
+    with pytest.raises(RuntimeError, match="must hold finite tensors, got another as 3"):
+        load(tmp_path / "numbered.pt")
+    torch.save(state_at(1) | {"metrics": 3}, tmp_path / "metrics.pt")
+    with pytest.raises(ValueError, match="must hold metrics, got"):
+        load(tmp_path / "metrics.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(RuntimeError, match=r"must be a whole checkpoint, got [^.\n]*$"):
         load(tmp_path / "module.pt")

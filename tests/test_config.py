@@ -31,7 +31,7 @@ def good(tmp_path) -> Config:
 
 @pytest.mark.parametrize(
     "module",
-    ["checkpoint", "config", "distributed", "optim", "picture", "presets", "report"],
+    ["checkpoint", "config", "distributed", "optim", "picture", "presets", "report", "stop"],
 )
 def test_examples_in_docstrings(module):
     failed, _ = doctest.testmod(importlib.import_module(f"training.{module}"))
@@ -186,6 +186,9 @@ def test_every_number_has_a_range(good, field):
         value = (*default[:-1], number) if isinstance(default, tuple) else number
         with pytest.raises(ValueError, match=rf"config: {field} must be in [\[(].*[\])], got"):
             validate(replace(good, **{field: value}))
+        if field.startswith("finetune_") and field != "finetune_steps":
+            with pytest.raises(ValueError, match=rf"config: {field} must be in "):
+                validate(replace(good, finetune_steps=0, **{field: value}))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipa_kernels import (
+    add_layer_norm,
     block_patches,
     contrastive_loss,
     grid_patches,
+    patch_embed,
     random_patches,
     sigmoid_loss,
 )
@@ -78,3 +80,12 @@ def test_the_librarys_products_take_these_arguments(dtype):
                 grads._add_product(g_t, x, d_text)
             launches = [name for name in called.names if name.startswith("aten::")]
             assert launches == ["aten::mm", "aten::addmm"]
+
+
+def test_sizes_without_values():
+    """Tensors on the meta device, of which torch knows no autocast."""
+    x, rows = torch.empty(4, 16, device="meta"), torch.empty(16, device="meta")
+    images, weight = torch.empty(2, 3, 8, 8, device="meta"), torch.empty(16, 3, 4, 4, device="meta")
+    assert contrastive_loss(x, x, 1.0).shape == sigmoid_loss(x, x, 1.0).shape == ()
+    assert all(y.shape == x.shape for y in add_layer_norm(x, x, rows, rows))
+    assert patch_embed(images, None, weight, rows, x).tokens.shape == (8, 16)

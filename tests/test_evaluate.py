@@ -180,12 +180,20 @@ def test_several_captions_a_picture(tmp_path, shape):
 
 
 def test_a_sample_without_a_caption_is_counted(tmp_path):
-    bad = ["[]", '{"caption": []}', '{"caption": [1, ""]}', r'{"caption": "\ud83d"}', "[" * 10**5]
+    bad = ["[]", '{"caption": []}', '{"caption": [1, ""]}', '{"caption": " "}', "[" * 10**5]
     members = [m for i in (1, 2) for m in SHAPES["list"](i, CAPTIONS[i])]
     for i, text in enumerate(bad, 3):
         members += [(f"{i}.png", thing(i)), (f"{i}.json", text.encode())]
     figures = evaluate_shards(Colours(), write_tar(tmp_path / "0.tar", members))
     assert (figures["n"], figures["skipped"]) == (2, len(bad))
+
+
+def test_half_a_surrogate_pair_in_one_caption_of_several(tmp_path):
+    members = SHAPES["list"](1, ["a boat 1", "half \ud83d 1"])
+    encoder = Colours()
+    figures = evaluate_shards(encoder, write_tar(tmp_path / "0.tar", members))
+    assert (figures["n"], figures["skipped"]) == (1, 0)
+    assert encoder.asked == ["a boat 1", "half \ufffd 1"]  # as training reads it
 
 
 def test_retrieval_of_many_to_many_by_hand():
@@ -247,6 +255,8 @@ LISTS = {
     "commas": (b"n01,cat\nn02, red dog\n", ""),
     "tabs, CRLF and blank lines": (b"\r\nn01\tcat\r\n\r\nn02\t red dog\r\n", ""),
     "quotes": (b'"n01","cat"\n"n02";"red dog"\n', ""),
+    "utf-32": ("n01 cat\nn02 red dog\n".encode("utf-32"), ""),
+    "old Mac lines": (b"n01 cat\rn02 red dog\r", ""),
     "colons": (b"n01: cat\nn02: red dog", ""),
     "a header and a stranger": (b"id,name\nn01,cat\nn02,red dog\nn3,x", "'id,name', 'n3,x'"),
     "twice": (b"n01 lynx\nn01 cat\nn02 red dog\n", "named twice in .*: 'n01'"),
@@ -273,6 +283,24 @@ def test_class_names_with_spaces_commas_and_accents(tmp_path):
     encoder = Colours()
     evaluate_folder(encoder, tmp_path)
     assert encoder.asked == ["coffee house", "tench, Tinca tinca", "cold", "white bear"]
+
+
+@pytest.mark.parametrize("gap", "\x0b\x0c\x1c\x85\u2028\u2029")
+def test_a_class_name_ends_at_the_end_of_its_line_alone(tmp_path, gap):
+    class_folders(tmp_path, "n01", "n02")
+    (tmp_path / "classes.txt").write_bytes(f"n01 wild{gap}cat\nn02 dog\n".encode())
+    encoder = Colours()
+    evaluate_folder(encoder, tmp_path)
+    assert encoder.asked == [f"wild{gap}cat", "dog"]
+
+
+def test_a_class_without_a_line_is_told(tmp_path):
+    class_folders(tmp_path, "n01", "n02")
+    (tmp_path / "classes.txt").write_bytes(b"n01 cat\n")
+    encoder = Colours()
+    with pytest.warns(UserWarning, match="does not name these classes, whose folders do: 'n02'"):
+        evaluate_folder(encoder, tmp_path)
+    assert encoder.asked == ["cat", "n02"]
 
 
 def test_one_name_for_two_classes_is_told(tmp_path):

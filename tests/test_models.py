@@ -396,6 +396,21 @@ BAD = {
         TypeError,
         "logit_scale must be a tensor, got float",
     ),
+    "sparse": (
+        lambda m: load_weights(m, m.state_dict() | {"text_projection": torch.eye(3).to_sparse()}),
+        TypeError,
+        "text_projection must hold dense real numbers, got torch.float32 in torch.sparse_coo",
+    ),
+    "meta": (
+        lambda m: load_weights(m, m.state_dict() | {"logit_scale": torch.zeros((), device="meta")}),
+        TypeError,
+        "logit_scale must hold dense real numbers, got .* on meta",
+    ),
+    "complex": (
+        lambda m: load_weights(m, m.state_dict() | {"logit_scale": torch.tensor(1j)}),
+        TypeError,
+        "logit_scale must hold dense real numbers, got torch.complex64",
+    ),
     "no rows": (lambda m: resize_positions(torch.zeros(0, 4), (2, 2)), ValueError, r"n \* n"),
     "tables": (lambda m: resize_positions(torch.zeros(1, 5, 4), (2, 2)), ValueError, r"n \* n"),
     "text table": (lambda m: resize_text_positions(torch.zeros(4), 2), ValueError, r"\[S, D\]"),

@@ -20,6 +20,7 @@ from data.augment import Augmentation
 from data.loader import Fault
 from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
+from data.vocabularies import whole
 
 BLOCK = 512
 
@@ -83,8 +84,12 @@ def test_a_broken_header_costs_its_sample_alone(ten, member, byte):
     numbers, said = found(damaged(ten, at + byte, bytes([old ^ 255])))
     assert numbers == [number for number in range(10) if number != member // 2]
     stop = len(ten.read_bytes()) if member == 19 else at + 2 * BLOCK
+    lone = f"captions without an image ({member // 2}.txt)"
+    if member % 2:
+        lone = f"images without a caption ({member // 2}.jpg)"
     assert said == [
-        f"shards: {ten} has broken headers (bytes {at} to {stop} are left out)"
+        f"shards: {ten} has broken headers (bytes {at} to {stop} are left out)",
+        f"shards: {ten} has {lone}",
     ]  # after the last there is no other
 
 
@@ -93,7 +98,11 @@ def test_several_broken_headers_are_counted(ten):
         damaged(ten, member * 2 * BLOCK + 3, b"\xff\xff")
     numbers, said = found(ten)
     assert numbers == [0, 1, 3, 5, 7, 8, 9]
-    assert said == [f"shards: {ten} has broken headers (3, first: bytes 4096 to 5120 are left out)"]
+    assert said == [
+        f"shards: {ten} has broken headers (3, first: bytes 4096 to 5120 are left out)",
+        f"shards: {ten} has captions without an image (2, first: 2.txt)",
+        f"shards: {ten} has images without a caption (4.jpg)",
+    ]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 8])
@@ -101,8 +110,8 @@ def test_zeros_amid_a_shard_do_not_end_it(ten, blocks):
     numbers, said = found(damaged(ten, 8 * BLOCK, bytes(blocks * BLOCK)))
     lost = range(2, 2 + (blocks + 3) // 4)
     assert numbers == [number for number in range(10) if number not in lost]
-    assert len(said) == 1
     assert "has zeros amid its members (bytes 4096 to" in said[0]
+    assert said[1:] in ([], [f"shards: {ten} has captions without an image (2.txt)"])
 
 
 def test_bytes_that_are_missing_or_too_many_move_the_rest(ten):
@@ -135,7 +144,10 @@ def test_two_shards_in_one_file_are_both_read(ten):
 )
 def test_a_cut_shard_says_so_each_time(ten, end, count, where):
     ten.write_bytes(ten.read_bytes()[:end])
-    assert found(ten) == (list(range(count)), [f"shards: {ten} is cut short ({where})"])
+    numbers, said = found(ten)
+    assert (numbers, said[0]) == (list(range(count)), f"shards: {ten} is cut short ({where})")
+    lone = ["4.jpg"] if where == "in 4.jpg" else []
+    assert said[1:] == [f"shards: {ten} has images without a caption ({name})" for name in lone]
 
 
 def test_a_whole_shard_says_nothing(ten):
@@ -223,7 +235,22 @@ def test_a_name_that_comes_twice_is_two_samples(tmp_path):
             ("1.jpg", b""),
         ):
             put(tar, name, text or b"abc")  # fmt: skip
-    assert found(tmp_path / "a.tar") == ([0, 1, 2, 3, 4], [])
+    numbers, said = found(tmp_path / "a.tar")
+    assert numbers == [0, 1, 2, 3, 4]
+    assert said == [f"shards: {tmp_path}/a.tar has images without a caption (1.jpg)"]
+
+
+def test_half_samples_are_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "0.txt", "1.gif", "1.txt", "2.jpg", "2.cls", "3.tiff", "3.json"):
+            put(tar, name, b"0")
+        put(tar, "readme.md", b"of neither kind")
+    numbers, said = found(tmp_path / "a.tar")
+    assert numbers == [0]
+    assert said == [
+        f"shards: {tmp_path}/a.tar has captions without an image (2, first: 1.gif)",
+        f"shards: {tmp_path}/a.tar has images without a caption (2.jpg)",
+    ]
 
 
 # Names
@@ -268,7 +295,8 @@ def test_sparse_members_are_told(tmp_path):
         put(tar, "1.txt", b"1")
     numbers, said = found(tmp_path / "a.tar")
     assert numbers == [0]
-    assert said == [f"shards: {tmp_path}/a.tar has sparse members, which are not read (1.jpg)"]
+    assert said[0] == f"shards: {tmp_path}/a.tar has sparse members, which are not read (1.jpg)"
+    assert said[1:] == [f"shards: {tmp_path}/a.tar has captions without an image (1.txt)"]
 
 
 def test_braces_are_bashs(tmp_path, monkeypatch):
@@ -304,15 +332,30 @@ def test_braces_are_bashs(tmp_path, monkeypatch):
         lambda file, rows: file.write_bytes(
             file.read_bytes().replace(rows.tobytes(), (rows + 1).tobytes())
         ),
+        lambda file, rows: file.write_bytes(
+            file.read_bytes().replace(b'"said": []', b'"said": 33')
+        ),
         lambda file, rows: (file.unlink(), file.mkdir()),
     ],
-    ids=["cut", "half", "empty", "offsets", "dtype", "outside", "bytes", "folder"],
+    ids=["cut", "half", "empty", "offsets", "dtype", "outside", "bytes", "said", "folder"],
 )
 def test_a_scan_that_is_not_as_it_was_written_is_made_again(ten, damage):
     rows = scan(ten, ten.parent)
     (kept,) = (ten.parent / "shards").iterdir()
     damage(kept, rows)
     assert np.array_equal(scan(ten, ten.parent), rows)
+
+
+def test_many_broken_shards_are_told_in_few_words(words, tmp_path):
+    for number in range(30):
+        files = {f"{number}.png": picture(), f"{number}.txt": b"number 1", "lone.txt": b"number 2"}
+        shard(tmp_path / f"{number:02d}.tar", files)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loader(f"{tmp_path}/*.tar", words, tmp_path)
+    assert len(said) == 21
+    assert "10 more such sentences, the last: shards: " in str(said[-1].message)
+    assert "29.tar has captions without an image (lone.txt)" in str(said[-1].message)
 
 
 def test_a_scan_of_another_shard_is_not_taken(ten):
@@ -408,7 +451,7 @@ def test_captions_of_every_encoding_are_read(words, tmp_path, monkeypatch):
     assert len(Tokenizer(train_wordpiece(captions, 60)).encode(captions, 8)[1]) == 10
     batches = list(loader(path, words, tmp_path, batch_size=9, steps=2))
     assert [batch.skipped for batch in batches] == [0, 0]
-    assert read_pairs(path, 8)[2] == 1  # nothing is found by half a character
+    assert read_pairs(path, 8)[1:] == ([[whole(one).strip() for one in captions]], 0)
     assert sum(len(one) for one in words._known) < 20_000  # what is remembered is cut
 
 

@@ -249,6 +249,11 @@ def test_remembered_captions_do_not_pile_up(words, monkeypatch):
     assert len(fresh._known) <= 10
 
 
+def wordless(kind: str) -> Tokenizer:
+    """A vocabulary of one letter, without a token for other words."""
+    return Tokenizer(tokenizers.Tokenizer(getattr(tokenizers.models, kind)({"a": 0})))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
@@ -262,6 +267,8 @@ def test_remembered_captions_do_not_pile_up(words, monkeypatch):
         (lambda t: train_wordpiece(["a"], 3), ValueError, "vocab_size must be at least 8, got 3"),
         (lambda t: load_tokenizer("/no/such.json"), ValueError, "path must be a file, got"),
         (lambda t: bert_wordpiece("/no/vocab.txt"), ValueError, "path must be a file, got"),
+        (lambda t: wordless("WordPiece").encode(["b"], 8), ValueError, "must have an id, got Word"),
+        (lambda t: wordless("WordLevel").encode(["b"], 8), ValueError, "must have an id, got Word"),
         (lambda t: clip_bpe("/no/such.txt.gz"), ValueError, "must be a gzipped merge table"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

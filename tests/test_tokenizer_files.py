@@ -61,10 +61,12 @@ def test_clips_own_table_in_other_lengths(tmp_path, merges):
         "whole": ["#version: 0.2", *merges],
         "more": ["#version: 0.2", *merges, "zz zz", "broken"],
         "bare": merges,
+        "of two words": ["# merges", *merges],
+        "of two other words": ["made yesterday", *merges],
         "returns": ["#version: 0.2\r", *(f"{line}\r" for line in merges), ""],
     }
     for name, lines in tables.items():
-        path = written(tmp_path, f"{name}.gz", gzip.compress("\n".join(lines).encode(), 1))
+        path = written(tmp_path, f"{name}.GZ", gzip.compress("\n".join(lines).encode(), 1))
         words = load_tokenizer(path)
         assert words.encode(["a red boat"], 8)[0].tolist() == ids, name
         assert (words.start, words.end, words.vocab_size) == (49406, 49407, 49408)
@@ -75,6 +77,9 @@ def test_a_table_that_gives_other_ids_is_refused(tmp_path, merges):
     tables = {
         "one short": ([head, *merges[:-1]], "of 48894 different merges or more, got 48893"),
         "half": ([head, *merges[:24_000], "", ""], "different merges or more, got 24000"),
+        "one lost amid": ([head, *merges[:99], *merges[100:], "q zz"], "merges of what is made"),
+        "two heads": ([head, "# merges", *merges], "merges of what is made before, got '# merg"),
+        "backwards": ([head, *merges[::-1]], "merges of what is made before, got"),
         "none": ([head], "different merges or more, got 0"),
         "twice": ([head, *merges[:-1], merges[0]], "different merges or more, got 48893"),
         "without word ends": ([head, *(line.replace("</w>", "") for line in merges)], "different"),

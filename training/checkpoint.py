@@ -16,7 +16,6 @@ import dataclasses
 import os
 import random
 import re
-import signal
 import warnings
 import zipfile
 from pathlib import Path
@@ -28,10 +27,12 @@ from torch import Tensor, nn
 from .config import STAGES, Config, from_json, stages, to_json
 from .distributed import World
 from .optim import unwrap
+from .stop import StopSignal as StopSignal
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)\.pt")
 _KEYS = {
     "state_dict": dict, "optimizer": dict, "stage": str, "step": int, "config": str, "rng": dict,
+    "tokenizer": str, "metrics": dict,
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
 _FREE = {
@@ -87,11 +88,21 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | No
     if optimizer is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
+            _check_moments(optimizer)
             set_rng_state(state["rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             must = "its optimizer and rng must be this run's"
             raise ValueError(f"checkpoint: {must}, got {error!r}") from error
     return state["step"]
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError unless moments have their parameters' shapes: torch's fused step reads blindly."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                must, came = tuple(parameter.shape), tuple(value.shape)
+                raise ValueError(f"{name} must have shape {must}, got {came}")
 
 
 def weights(state: dict) -> dict[str, Tensor]:
@@ -223,13 +234,20 @@ def load(path: str | Path) -> dict:
         reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise RuntimeError(f"load: {path} must be a whole checkpoint, got {reason}") from error
     held = state if isinstance(state, dict) else {}
-    if missing := [key for key, kind in _KEYS.items() if not isinstance(held.get(key), kind)]:
-        came = ", ".join(sorted(map(str, held))[:8]) or type(state).__name__
+    came = ", ".join(sorted(map(str, held))[:8]) or type(state).__name__
+    state = {"tokenizer": "", "metrics": {}} | held
+    if missing := [key for key, kind in _KEYS.items() if not isinstance(state.get(key), kind)]:
         raise ValueError(f"load: {path} must hold {', '.join(sorted(missing))}, got only {came}")
     for name, tensor in state["state_dict"].items():
-        if not isinstance(tensor, Tensor) or not bool(tensor.isfinite().all()):
+        good = isinstance(name, str) and isinstance(tensor, Tensor)
+        if not good or not bool(tensor.isfinite().all()):
             raise RuntimeError(f"load: {path} must hold finite tensors, got another as {name}")
-    return {"tokenizer": "", "metrics": {}} | state
+    for number, values in state["optimizer"].get("state", {}).items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                came = f"another as {name} of parameter {number}"
+                raise RuntimeError(f"load: {path} must hold finite tensors, got {came}")
+    return state
 
 
 def latest(folder: str | Path) -> dict | None:
@@ -357,43 +375,3 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-_STOPS = [  # Windows has no SIGUSR1
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-]
-
-
-class StopSignal:
-    """A flag that SIGTERM or SIGINT sets, so that the loop can save and leave.
-
-    SIGUSR1, which SLURM can send ahead of a time limit, counts too. A second SIGINT within the
-    block interrupts at once. Used as a context manager, in the main thread; the handlers from
-    before come back at its end.
-
-    >>> with StopSignal() as stop:
-    ...     signal.raise_signal(signal.SIGTERM)
-    ...     print(stop.name)
-    SIGTERM
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._before: dict[int, object] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.name)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __enter__(self) -> "StopSignal":
-        for number in _STOPS:
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -271,9 +271,10 @@ def validate(config: Config, world_size: int = 1, models: Collection[str] = ()) 
         repr(config.model),
     )
     _check_names(config)
-    for stage in stages(config):
-        for name in _RANGES:
+    for stage in stages(replace(config, finetune_steps=config.finetune_steps or 1)):
+        for name in _RANGES:  # of a second stage too that does not come
             check_range(name, getattr(stage, name), stage.stage)
+    for stage in stages(config):
         _check_stage(stage, world_size)
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(config, name)

@@ -68,11 +68,11 @@ def _sigmoid_part(cosine, scale, bias, pair, inside):
     return tl.where(pair, -g, g), loss
 
 
-@triton.jit(do_not_specialize=PLACES)
+@triton.jit(do_not_specialize=[*PLACES, "part0"])
 def _contrastive_bwd_kernel(
     x_ptr, y_ptr, scale_ptr,
     g_ptr,
-    row0, height, M, N, D, first, begin, end,
+    row0, height, M, N, D, first, begin, end, part0,
     stride_xm, stride_yn, stride_gm,
     PAIRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -84,8 +84,9 @@ def _contrastive_bwd_kernel(
 
     softmax, from rows to d_scale: G = weight * d_loss * (2^(S - row shift) / row divisor + the same
     by column), PAIRED, else without divisors; with a slope, which makes d_scale, times scale.
-    sigmoid, bias and sums: G = sigmoid(S), negative on positives; sums [3, tiles of all strips] has
-    the tile's share of the loss, the scale's and the bias's gradient, without weight and scale.
+    sigmoid, bias and sums: G = sigmoid(S), negative on positives; sums [tiles, 3], the strip's from
+    part0 on, a tile's share of the loss, the scale's and the bias's gradient, without weight and
+    scale.
     """
     # Down the strip first: its rows stay in the L2 cache while the columns pass once.
     tiles_m = tl.cdiv(height, BLOCK_M)
@@ -119,6 +120,10 @@ def _contrastive_bwd_kernel(
     loss, d_scale, d_bias = 0.0, 0.0, 0.0
     for part in tl.static_range(BLOCK_N // PART):
         offs_n = start_n + part * PART + tl.arange(0, PART)
+        if g_ptr is not None:
+            g_ptrs = g_ptr + offs_s.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
+            # The pitch, a multiple of 16, lets a store be whole where N is odd: zeros beyond N.
+            stored = (offs_s < height)[:, None] & (offs_n < stride_gm)[None, :]
         inside = (offs_s < height)[:, None] & (offs_n < N)[None, :]
         pair = is_positive(offs_m, offs_n, first, begin, end)
         if bias_ptr is not None:
@@ -129,21 +134,16 @@ def _contrastive_bwd_kernel(
             )
         g = tl.where(inside, g, 0.0)
         if g_ptr is not None:
-            g_ptrs = g_ptr + offs_s.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
-            # The pitch, a multiple of 16, lets a store be whole where N is odd: zeros beyond N.
-            stored = (offs_s < height)[:, None] & (offs_n < stride_gm)[None, :]
             tl.store(g_ptrs, (g * factor).to(g_ptr.dtype.element_ty), mask=stored)
         if sums_ptr is not None:
             loss += part_loss
             d_scale += tl.sum(g * parts[part])
             d_bias += tl.sum(g)
     if sums_ptr is not None:
-        tiles_n = tl.cdiv(N, BLOCK_N)
-        tiles = tl.cdiv(M, BLOCK_M) * tiles_n
-        part_ptr = sums_ptr + row0 // BLOCK_M * tiles_n + tl.program_id(0)
+        part_ptr = sums_ptr + 3 * (part0 + tl.program_id(0))
         tl.store(part_ptr, loss)
-        tl.store(part_ptr + tiles, d_scale)
-        tl.store(part_ptr + 2 * tiles, d_bias)
+        tl.store(part_ptr + 1, d_scale)
+        tl.store(part_ptr + 2, d_bias)
 
 
 @triton.jit
@@ -239,12 +239,12 @@ def sigmoid_pass(
     weight = 1 / image.shape[0]
     config = config_for(image.shape[1], image.element_size(), arch())
     tiles = cdiv(image.shape[0], config.block_m) * cdiv(text.shape[0], config.block_n)
-    sums = scale.new_empty(3, tiles)
+    sums = scale.new_empty(tiles, 3)
     d_image, d_text = _strip_pass(
         image, text, scale, pairs, wanted, torch.float32,
         PAIRED=False, bias_ptr=bias, sums_ptr=sums,
     )  # fmt: skip
-    loss, d_scale, d_bias = (sums.sum(1) * weight).unbind()
+    loss, d_scale, d_bias = (sums.sum(0) * weight).unbind()
     factor = scale * weight
     return (
         loss.clone(),
@@ -271,16 +271,16 @@ def _strip_pass(
     config = config_for(d, x.element_size(), arch())
     strips = cdiv(m, STRIP_ROWS[x.element_size()])
     height = cdiv(cdiv(m, strips), config.block_m) * config.block_m
-    pitch = cdiv(n, 16) * 16
+    tiles_n, pitch = cdiv(n, config.block_n), cdiv(n, 16) * 16
     g = x.new_empty(min(height, m), pitch) if wanted[0] or wanted[1] else None
     d_image = x.new_empty(m, d, dtype=dtype) if wanted[0] else None
     d_text = None
     for row0 in range(0, m, height):
         strip = min(height, m - row0)
-        _contrastive_bwd_kernel[(cdiv(strip, config.block_m) * cdiv(n, config.block_n),)](
+        _contrastive_bwd_kernel[(cdiv(strip, config.block_m) * tiles_n,)](
             x, y, scale,
             g,
-            row0, strip, m, n, d, *pairs,
+            row0, strip, m, n, d, *pairs, row0 // config.block_m * tiles_n,
             x.stride(0), y.stride(0), pitch,
             **own, **constexprs(config, d, x.element_size()),
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -26,7 +26,11 @@ def test_pack_then_unpack_gives_the_padded_batch(lengths):
         assert (back[b, length:] == -1).all()
 
 
-@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, iter, map], ids="atlim")
+@pytest.mark.parametrize(
+    "kind",
+    [np.array, torch.tensor, tuple, iter, map],
+    ids=["array", "tensor", "tuple", "iter", "map"],
+)
 def test_lengths_of_any_whole_kind(kind):
     lengths = map(torch.tensor, [2, 0, 3]) if kind is map else kind([2, 0, 3])
     assert cu_seqlens_of(lengths).tolist() == [0, 2, 2, 5]

@@ -39,3 +39,20 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fake_cuda():
+    """Skip where indexing a fake CUDA tensor asks for the driver: torch 2.8."""
+    if torch.__version__ < (2, 9) and not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} has fake CUDA tensors only beside a driver")
+
+
+@pytest.fixture
+def fake_products():
+    """Skip where fake tensors have no addmm with out_dtype: torch 2.8 to 2.11, though CUDA may."""
+    x = torch.empty(2, 2, dtype=torch.float16, device="meta")
+    try:
+        torch.addmm(x.float(), x, x, out_dtype=torch.float32)
+    except TypeError:
+        pytest.skip(f"torch {torch.__version__} has no fake addmm with out_dtype")

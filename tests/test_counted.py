@@ -281,7 +281,7 @@ def test_eager_products(name, function, read):
     assert (op.calls, op.read, op.written, op.flops) == (1, read, written, 2 * M * N * K)
 
 
-def test_eager_products_with_out_dtype():
+def test_eager_products_with_out_dtype(fake_products):
     """Fake CUDA tensors: the CPU has no product of fp16 into fp32."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

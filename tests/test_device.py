@@ -41,7 +41,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dialect", ["open_clip", "openai", "clipa-v1", "clipa-v2"])
-def test_a_step_waits_for_no_value(dialect, mask, loss, dtype):
+def test_a_step_waits_for_no_value(dialect, mask, loss, dtype, fake_cuda):
     """Token choice, both towers and the loss: a fake tensor has no value that could be read."""
     sizes = dict(vision=dict(image_size=32), text=dict(context=16, vocab_size=100))
     model = build("demo", 8, dialect=dialect, logit_bias=-10.0, **sizes).to(dtype)
@@ -68,7 +68,7 @@ def test_a_step_waits_for_no_value(dialect, mask, loss, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_librarys_products_take_these_arguments(dtype):
+def test_the_librarys_products_take_these_arguments(dtype, fake_products):
     """G Y and G' X of a strip: the branches that only a GPU takes."""
     with FakeTensorMode(), torch.device("cuda"):
         g, x, y = (torch.empty(n, m, dtype=dtype) for n, m in ((256, 512), (256, 64), (512, 64)))

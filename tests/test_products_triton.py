@@ -123,7 +123,7 @@ def triton():
 def switched():
     """What main() found, in a process whose switches are its own."""
     pytest.importorskip("triton")
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=f"{ROOT}")
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=f"{ROOT}", OMP_NUM_THREADS="1")
     run = subprocess.run(
         [sys.executable, "-W", "ignore", __file__],
         env=env, capture_output=True, text=True, check=False,

@@ -15,8 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.meters import roofs
 from bench.meters.calls import recorded
-from bench.meters.compiled import ARCHS, Row, _resident, compile_launch, compiled, table
+from bench.meters.compiled import (
+    ARCHS,
+    Row,
+    _resident,
+    compile_launch,
+    compiled,
+    disassembly,
+    read,
+    table,
+)
 from bench.meters.launches import _Driver, distinct, recording
 from clipa_kernels import add_layer_norm
 
@@ -161,10 +171,30 @@ def as_triton_compiles() -> list:
     return hashes
 
 
+def modelled(launches) -> dict:
+    """What roofs reads of the launches: those of unknown trips or no bytes, and a norm whole."""
+    unknown = []
+    for launch in launches:
+        try:
+            trips = roofs.TRIPS.get(launch.name, lambda arguments: ())(launch.arguments)
+            good = all(trip > 0 for trip in trips) and roofs.least_bytes(launch) > 0
+        except KeyError as error:
+            good = str(error)
+        if good is not True:
+            unknown.append(f"{launch.label}: {good}")
+    norm = next(launch for launch in launches if launch.name == "add_layer_norm_fwd")
+    code = compiled(norm)
+    listing = disassembly(code)
+    row = roofs.as_json(roofs.roofs(norm, read(norm, code, listing), listing))
+    return dict(unknown=unknown, row=row)
+
+
 def print_all() -> None:
-    kernels = sorted({launch.kernel.__name__ for launch in recorded(archs=(90,))})
+    launches = list(recorded(archs=(90,)))
+    kernels = sorted({launch.kernel.__name__ for launch in launches})
     results = dict(bound=bound(), by_operators=by_operators(), hashes=as_triton_compiles())
-    print(json.dumps(results | dict(rows=compiled_rows(), kernels=kernels)))
+    results |= dict(rows=compiled_rows(), kernels=kernels, modelled=modelled(launches))
+    print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +372,17 @@ def test_every_kernel_of_the_library_is_launched(results):
     sources = [path.read_text() for path in (ROOT / "clipa_kernels").rglob("*.py")]
     names = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)}
     assert names and sorted(names) == results["kernels"]
+
+
+def test_roofs_of_every_launch_are_read(results):
+    """Trips and bytes from the arguments of each kernel; a norm's six times, bound by memory."""
+    assert results["modelled"]["unknown"] == []
+    row = results["modelled"]["row"]
+    assert row["loops"][0] == row["loops"][1] and row["arch"] == 90
+    times = row["modelled_us"]
+    assert set(times) == {"memory", "tensor", "issue", "pipe", "l2", "latency"}
+    assert times["tensor"] == 0 and all(0 < times[name] < 1e4 for name in times if name != "tensor")
+    assert row["bound"] == max(times, key=times.get)
 
 
 if __name__ == "__main__":

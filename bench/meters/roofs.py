@@ -119,7 +119,7 @@ def _backward_of_long(a: dict[str, Any]) -> tuple[float, ...]:
 
 def _merge(a: dict[str, Any]) -> tuple[float, ...]:
     parts = [_cdiv(a[name], a["PARTS"]) for name in ("row_parts", "col_parts")]
-    return (_cdiv(a["M"], a["BLOCK"]), *parts) if a["FINISH"] else tuple(parts)
+    return (_cdiv(a["M"], a["BLOCK"]), *parts) if a["loss_ptr"] is not None else tuple(parts)
 
 
 TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {

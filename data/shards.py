@@ -42,7 +42,7 @@ from .loader import (
 )
 from .pairs import Unreadable, captions_of, read_pair
 from .patterns import expand
-from .tars import samples_of
+from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
 WINDOW_STREAM = 5
@@ -78,7 +78,7 @@ def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
         kept = cache_folder(cache) / "shards" / f"{name}.npy"
         with contextlib.suppress(Exception):  # it is missing, half written or another's
             return _read_scan(kept, key), True
-        found = samples_of(path)
+        found = _scan_tar(path)
     except OSError as error:
         raise ValueError(f"shards: {path} must be a file that can be read, got {error}") from error
     try:

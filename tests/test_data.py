@@ -862,7 +862,7 @@ def test_the_scan_is_kept_and_follows_the_file(shards, tmp_path, monkeypatch):
     path = tmp_path / "one.tar"
     path.write_bytes((shards / "01.tar").read_bytes())
     rows = np.array(scan(path, tmp_path))
-    monkeypatch.setattr("data.shards.samples_of", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr("data.shards._scan_tar", lambda path: pytest.fail("scanned again"))
     assert np.array_equal(scan(path, tmp_path), rows)
     for kept in (tmp_path / "shards").iterdir():
         kept.write_bytes(b"damaged")

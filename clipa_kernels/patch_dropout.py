@@ -9,7 +9,7 @@ generator back, is another in each call, and on each process whose generator is 
 keeps no state, so weights of open_clip and timm load strictly, and torch.compile takes it whole.
 """
 
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class PatchDropout(nn.Module):
         prob: share dropped, in [0, 1).
         exclude_first_token: open_clip's second argument, and timm's where it comes by position:
             the tokens in front that always stay, True for one.
-        ordered: timm's; kept tokens are in order in any case.
+        ordered: timm's; kept tokens are in order in any case. A number here is num_prefix_tokens.
         num_prefix_tokens: timm's name for the second; wins where it is given.
         seed: with the step that a call gives, names its masks, see forward: processes whose masks
             must differ take different seeds. In [-2**63, 2**64), where negative ones count from
@@ -45,7 +45,7 @@ class PatchDropout(nn.Module):
         self,
         prob: float = 0.5,
         exclude_first_token: bool | int = True,
-        ordered: bool = False,
+        ordered: bool | int | None = False,
         num_prefix_tokens: int | None = None,
         *,
         seed: int | None = None,
@@ -56,6 +56,10 @@ class PatchDropout(nn.Module):
             raise TypeError(f"{name}: prob must be a number, got {prob!r}")
         if not 0 <= prob < 1:
             raise ValueError(f"{name}: prob must be in [0, 1), got {prob}")
+        number = isinstance(ordered, Integral) and not isinstance(ordered, bool)
+        if ordered is None or number:
+            num_prefix_tokens = ordered if num_prefix_tokens is None else num_prefix_tokens
+            ordered = False
         if not isinstance(ordered, bool):
             raise TypeError(f"{name}: ordered must be True or False, got {ordered!r}")
         prefix = dict(exclude_first_token=exclude_first_token)

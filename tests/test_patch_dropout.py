@@ -20,11 +20,22 @@ X = torch.randn(8, 30, 2)
         (PatchDropout(0.6, exclude_first_token=True), 1),
         (PatchDropout(0.6, 3), 3),
         (PatchDropout(0.6, 3, True), 3),
+        (PatchDropout(0.6, True, 2), 2),
         (PatchDropout(prob=0.6, num_prefix_tokens=2, ordered=True), 2),
         (PatchDropout(np.float32(0.6), np.int16(2), seed=np.uint64(2**64 - 1)), 2),
         (PatchDropout(np.float64(0.6), np.bool_(True)), 1),
     ],
-    ids=["default", "open_clip", "named", "timm", "timm-whole", "timm-named", "numpy", "np-bool"],
+    ids=[
+        "default",
+        "open_clip",
+        "named",
+        "timm",
+        "timm-whole",
+        "third",
+        "timm-named",
+        "numpy",
+        "np-bool",
+    ],
 )
 def test_prefix_stays_and_the_rest_is_a_subset(module, prefix):
     x = torch.arange(20.0).view(1, 20, 1).repeat(4, 1, 3).requires_grad_()

@@ -236,9 +236,8 @@ def log_step(
         "grad_norm": values["grad_norm"].item(),
         **rates,
         "skipped": batch.skipped,
-        "skipped_by_kind": {
-            kind: fault.count for kind, fault in faults.items()
-        },  # since the last line
+        # Of this process since the last line.
+        "skipped_by_kind": {kind: fault.count for kind, fault in faults.items()},
         "peak_memory_bytes": report.peak_memory(run.world.device),
     }
     if run.log is not None:

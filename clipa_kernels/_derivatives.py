@@ -13,11 +13,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a tensor carries a derivative in forward mode."""
+    return any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
+
+
 def refuse_tangents(function: str, *tensors: Tensor | None) -> None:
     """RuntimeError where a tensor carries a derivative in forward mode, which operators drop."""
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise _refusal(function, "a derivative in forward mode")
+    if has_tangent(*tensors):
+        raise _refusal(function, "a derivative in forward mode")
 
 
 def refuse_second(function: str, *again: Tensor | None) -> None:

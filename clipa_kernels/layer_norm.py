@@ -22,7 +22,7 @@ from ._check import (
     require_same_device,
     require_tensor,
 )
-from ._derivatives import once_operator, refuse_tangents
+from ._derivatives import has_tangent, once_operator, refuse_tangents
 
 # 2 MB in fp32: what the kernel reads again is still in a cache. EPYC Zen 5, November 2026.
 _CACHED_ELEMENTS = 1 << 19
@@ -96,7 +96,7 @@ def _layer_norm(
     if total.device.type == "cpu":
         wide = torch.promote_types(wide, torch.float32)
         narrow = total.dtype == dtype and dtype.itemsize == 2 and wide == torch.float32
-        if narrow and not torch.compiler.is_compiling():
+        if narrow and not torch.compiler.is_compiling() and not has_tangent(total, weight, bias):
             return _NarrowLayerNorm.apply(total, weight, bias, eps)[0]
     if total.dtype == weight.dtype == wide:
         return F.layer_norm(total, weight.shape, weight, bias, eps).to(dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipa_kernels import Packed
-from clipa_kernels._check import readable
+from clipa_kernels._check import autocast_dtype, readable
 
 from .transformer import Transformer, norm
 
@@ -72,8 +72,7 @@ class TextTransformer(nn.Module):
         self._check(ids, cu_seqlens, max_seqlen)
         x = self.token_embedding(ids)
         x = x + self.positional_embedding[_positions(cu_seqlens, ids.shape[0])]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x.device) or x.dtype)
         x, residual = self.transformer(x, cu_seqlens, max_seqlen, rows)
         return norm(self.ln_final, x, residual, self.impl)[0] @ self.text_projection
 

@@ -178,3 +178,19 @@ def test_compiles_in_one_graph():
 def test_bad_input_is_named(change, error, words):
     with pytest.raises(error, match=words):
         add_layer_norm(**(inputs((4, 16)) | change))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_mode_in_plain_torch(dtype):
+    """torch.func.jvp on a CPU: the tangent of the reference in fp64."""
+    torch.manual_seed(0)
+    x, tangent, weight, bias = (torch.randn(n, 16).squeeze(0).to(dtype) for n in (5, 5, 1, 1))
+
+    def tangent_of(function, to):
+        leaves = [t.to(to) for t in (x, tangent, weight, bias)]
+        norm = lambda t: function(t, None, *leaves[2:], 1e-5)[0]  # noqa: E731
+        return torch.func.jvp(norm, (leaves[0],), (leaves[1],))[1]
+
+    exact = tangent_of(add_layer_norm_reference, torch.float64)
+    baseline = tangent_of(add_layer_norm_reference, dtype)
+    check_close("tangent", tangent_of(add_layer_norm, dtype), exact, baseline)

@@ -14,7 +14,7 @@ FLOORS = {
     "clipa_kernels": set(),
     "models": {"clipa_kernels"},
     "data": {"clipa_kernels"},
-    "training": {"clipa_kernels"},
+    "training": {"clipa_kernels", "models", "data"},
 }
 OPS = list((ROOT / "clipa_kernels").glob("[a-z]*.py"))
 LIBRARY_NEEDS = {"torch", "einops"}

@@ -50,7 +50,7 @@ def small(command, folder, **change):
     words = shlex.split(command)
     words[0] = sys.executable
     for key, value in (SMALL | {"output": str(folder)} | change).items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
+        words += [f"--{key.replace('__', '.').replace('_', '-')}", str(value)]
     return words
 
 
@@ -70,7 +70,9 @@ def test_readme_commands(tmp_path):
         'pip install -e ".[test]"',
         "pytest",
     ]
-    out = run(small("python train.py", tmp_path / "emoji", steps=4, finetune_steps=2, save_every=2))
+    out = run(
+        small("python train.py", tmp_path / "emoji", stages__short__steps=4, stages__full__steps=2)
+    )
     assert "report.png" in out
     assert "python evaluate.py runs/emoji" in asked
     assert "held-out drawings" in run([sys.executable, "evaluate.py", str(tmp_path / "emoji")])

@@ -19,7 +19,7 @@ from data.emoji import PROMPTS, EmojiPairs
 from data.folders import class_names, read_folder
 from data.shards import read_pairs
 from data.text import Tokenizer
-from models import CLIP
+from models import CLIP, DIALECTS
 
 # For pictures of one's own: a few of OpenAI's templates for ImageNet.
 PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
@@ -34,16 +34,6 @@ class Encoder:
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_size: int = 256
-
-    @property
-    def resizing(self) -> dict[str, int | bool | str]:
-        """How pictures from files become the model's size; arguments of decode_square."""
-        dialect = self.model.dialect
-        return dict(
-            size=self.model.visual.config.image_size,
-            squash=dialect.squash,
-            interpolation=dialect.interpolation,
-        )
 
     def _run(self, function, *inputs) -> Tensor:
         fast = self.dtype != torch.float32
@@ -151,6 +141,14 @@ def evaluate_emoji(
     return results, shown | {"images": torch.stack(shown["images"])}
 
 
+def _resizing(model: CLIP) -> dict[str, int | bool | str]:
+    """How pictures from files become the model's size; arguments of decode_square."""
+    dialect = getattr(model, "dialect", DIALECTS["open_clip"])  # another's model: as open_clip
+    squash, interpolation = dialect.squash, dialect.interpolation
+    size = model.visual.config.image_size
+    return dict(size=size, squash=squash, interpolation=interpolation)
+
+
 def check_sets(images: str = "", shards: str = "") -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first."""
     if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
@@ -166,7 +164,7 @@ def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
     can be read is no class.
     """
     features, found, pixels, skipped = [], [], [], 0
-    for path, picture in read_folder(folder, **encoder.resizing):
+    for path, picture in read_folder(folder, **_resizing(encoder.model)):
         if picture is None:
             skipped += 1
             continue
@@ -191,7 +189,7 @@ def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
 
     A caption that several pictures have is one text, found if any of them is. n counts pictures.
     """
-    images, captions, skipped = read_pairs(pattern, **encoder.resizing)
+    images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
     if not captions:
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
     texts = list(dict.fromkeys(text for one in captions for text in one))

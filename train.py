@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
 from clipa_kernels.masking import block_patches, grid_patches, random_patches
 from data.augment import Augmentation
-from data.emoji import CAPTIONS, EmojiPairs, load_emoji
-from data.loader import Batch, EmojiLoader, Fault, add_faults, describe_faults
+from data.batches import Batch, Fault, add_faults, describe_faults
+from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
 from data.shards import ShardLoader, first_captions
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
 from evaluate import Encoder, build_model, check_sets, evaluate, table
@@ -275,6 +275,7 @@ def open_batches(run: Run, stage: Config, first: int, end: int) -> EmojiLoader |
         jitter=stage.jitter_prob,
         mix=stage.channel_mix,
         grey=stage.gray_prob,
+        blend=stage.blend if run.pairs is not None else 0.0,
     )
     how = dict(
         batch_size=stage.batch_size,
@@ -292,7 +293,7 @@ def open_batches(run: Run, stage: Config, first: int, end: int) -> EmojiLoader |
     if run.pairs is not None:
         # On a CPU a thread that makes batches ahead takes its time from the model's.
         ahead = 0 if run.world.device.type == "cpu" else 2
-        emoji = dict(forms=CAPTIONS[stage.captions][0], blend=stage.blend, prefetch=ahead)
+        emoji = dict(forms=CAPTIONS[stage.captions][0], prefetch=ahead)
         return EmojiLoader(run.pairs, run.tokenizer, **emoji, **how)
     return ShardLoader(stage.data, run.tokenizer, workers=stage.workers, **how)
 

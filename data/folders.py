@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .files import decoded
 from .images import decode_square
-from .vocabularies import decoded
 
 
 def read_folder(root: str | Path, size: int) -> Iterator[tuple[Path, Tensor | None]]:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .files import decoded, whole
 from .images import TooManyPixels
 from .tars import member_name
-from .vocabularies import decoded, whole
 
 _CAPTION_BYTES = 2**24  # of a caption's file, which is read whole
 

@@ -14,10 +14,8 @@ the same one on every run.
 
 import contextlib
 import hashlib
-import json
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -28,18 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Augmentation, recolour, sample_draws, shape_draws
-from .emoji import cache_folder
+from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
+from .cache import Scan, kept_scan
 from .images import _check_interpolation, decode_crop, decode_square
-from .loader import (
-    Batch,
-    ErrorsAsValues,
-    Fault,
-    add_faults,
-    ahead,
-    describe_faults,
-    local_slice,
-    order,
-)
 from .pairs import Unreadable, captions_of, read_pair
 from .patterns import expand
 from .tars import samples_of as _scan_tar
@@ -48,8 +37,6 @@ from .text import Tokenizer
 WINDOW_STREAM = 5
 _SAID = 20  # sentences of what shards lack: thousands of them would hide the rest
 _TRIES = 100  # unreadable samples in a row before a run gives up
-_FORMAT = 3  # part of the scan's name: raise it when what is stored changes
-_Scan = tuple[np.ndarray, list[str]]  # rows, and what must be said of the tar each time
 
 
 def scan(path: Path, cache: Path | None = None) -> np.ndarray:
@@ -68,49 +55,12 @@ def scan(path: Path, cache: Path | None = None) -> np.ndarray:
     return rows
 
 
-def _scan(path: Path, cache: Path | None) -> tuple[_Scan, bool]:
+def _scan(path: Path, cache: Path | None) -> tuple[Scan, bool]:
     """The scan of a tar, and whether the cache holds it."""
     try:
-        stat = path.stat()
-        key = f"{_FORMAT} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        key = key.encode("utf-8", "surrogateescape")
-        name = hashlib.sha256(key).hexdigest()[:24]
-        kept = cache_folder(cache) / "shards" / f"{name}.npy"
-        with contextlib.suppress(Exception):  # it is missing, half written or another's
-            return _read_scan(kept, key), True
-        found = _scan_tar(path)
+        return kept_scan(path, _scan_tar, cache)
     except OSError as error:
         raise ValueError(f"shards: {path} must be a file that can be read, got {error}") from error
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        _write_scan(part, key, found)
-        os.replace(part, kept)
-    except OSError:
-        return found, False  # the next run scans again
-    return found, True
-
-
-def _checksum(key: bytes, rows: np.ndarray, said: list[str]) -> int:
-    start = zlib.crc32(f"{rows.dtype} {rows.shape} {json.dumps(said)}".encode(), zlib.crc32(key))
-    return zlib.crc32(rows.tobytes(), start)
-
-
-def _write_scan(path: Path, key: bytes, found: _Scan) -> None:
-    """An .npy file with a line of JSON after it."""
-    rows, said = found
-    with open(path, "wb") as file:
-        np.save(file, rows)
-        file.write(json.dumps({"checksum": _checksum(key, *found), "said": said}).encode())
-
-
-def _read_scan(path: Path, key: bytes) -> _Scan:
-    with open(path, "rb") as file:
-        rows = np.load(file, allow_pickle=False)
-        rest = json.loads(file.read())
-    if rest["checksum"] != _checksum(key, rows, rest["said"]):
-        raise ValueError("scan: a kept scan must be what was written, got another")
-    return rows, rest["said"]
 
 
 class ShardLoader(Dataset):
@@ -133,8 +83,8 @@ class ShardLoader(Dataset):
 
     Raises:
         ValueError: a batch that is empty or does not divide by world_size, a rank that is none, a
-            start after the end, a missing file, one that is no tar, no sample in any; while
-            iterating, 100 samples in a row that cannot be read.
+            start after the end, a blend, a missing file, one that is no tar, no sample in any;
+            while iterating, 100 samples in a row that cannot be read.
     """
 
     def __init__(
@@ -170,6 +120,12 @@ class ShardLoader(Dataset):
                 f"got {window}, {workers}, {prefetch}"
             )
         _check_interpolation("ShardLoader", interpolation)
+        augmentation = augmentation or Augmentation()
+        if augmentation.blend:
+            raise ValueError(
+                "ShardLoader: augmentation must not blend, as a sample of a shard has one picture, "
+                f"got blend {augmentation.blend}"
+            )
         self.paths, self.cache, self.window = expand(pattern), cache, window
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
@@ -177,18 +133,14 @@ class ShardLoader(Dataset):
         self.sizes = torch.tensor(
             [len(self._first_scan(shard, said)) for shard in range(len(self.paths))]
         )
-        for sentence in said[:_SAID]:
-            warnings.warn(sentence, stacklevel=2)
-        if len(said) > _SAID:
-            more = f"and {len(said) - _SAID} more such sentences, the last: {said[-1]}"
-            warnings.warn(f"shards: {more}", stacklevel=2)
+        _warn(said)
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
                 f"ShardLoader: shards must hold samples (an image and its .txt or .json), got none "
                 f"in {len(self.paths)} files, the first {self.paths[0]}"
             )
-        self.tokenizer, self.augmentation = tokenizer, augmentation or Augmentation()
+        self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.start_step, self.steps, self.interpolation = start_step, steps, interpolation
         self.text = {"context": context, "strategy": strategy, "pad": pad}
@@ -203,7 +155,7 @@ class ShardLoader(Dataset):
         steps = range(self.start_step, self.steps)
         if self.workers:
             batches = DataLoader(
-                ErrorsAsValues(self),
+                _ErrorsAsValues(self),
                 sampler=steps,
                 batch_size=None,
                 num_workers=self.workers,
@@ -333,6 +285,15 @@ class ShardLoader(Dataset):
         return image, caption
 
 
+def _warn(said: list[str]) -> None:
+    """What shards lack, as warnings of the line that makes a loader."""
+    for sentence in said[:_SAID]:
+        warnings.warn(sentence, stacklevel=3)
+    if len(said) > _SAID:
+        more = f"and {len(said) - _SAID} more such sentences, the last: {said[-1]}"
+        warnings.warn(f"shards: {more}", stacklevel=3)
+
+
 def _one_thread(worker: int) -> None:
     """Workers share the machine; a pool of threads in each would only fight."""
     torch.set_num_threads(1)
@@ -397,3 +358,16 @@ def _first_rows(
             yield from ((file, path, row) for row in rows)
         if count == 0:
             return
+
+
+class _ErrorsAsValues(Dataset):
+    """Batches for DataLoader's workers, which would make a traceback of a sentence."""
+
+    def __init__(self, batches: Dataset) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | ValueError:
+        try:
+            return self.batches[step]
+        except ValueError as error:
+            return ValueError(str(error))

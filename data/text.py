@@ -24,7 +24,8 @@ from torch import Tensor
 
 from clipa_kernels.masking import block_text, random_text, syntax_text, truncate_text
 
-from .vocabularies import read_clip_merges, read_text, read_wordpiece, whole
+from .files import read_text, whole
+from .vocabularies import read_clip_merges, read_wordpiece
 from .vocabularies import train_wordpiece as train_wordpiece
 
 MAX_CHARACTERS = 4096

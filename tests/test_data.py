@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import subprocess
 import sys
 import tarfile
@@ -14,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data import emoji
+from data import drawings, emoji
 from data.augment import Augmentation, augment, recolour, resize, sample_draws
-from data.emoji import FORMS, EmojiPairs, load_emoji
+from data.batches import global_rows, local_slice, order, uniform_rows
+from data.cache import _read_drawings, cache_folder
+from data.emoji import FORMS, EmojiLoader, EmojiPairs, load_emoji
 from data.images import decode, decode_crop, decode_square
-from data.loader import EmojiLoader, global_rows, local_slice, order, uniform_rows
 from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
 
@@ -158,18 +160,19 @@ def test_damaged_cache_is_made_again(pairs, folder, tmp_path, monkeypatch, damag
     path.write_bytes(whole)
     damage(path)
     owner = torch.stack([pairs.vendor, pairs.concept], 1).numpy()
-    drawn = (pairs.images.numpy(), owner, emoji._read(next(folder.iterdir()))[2])
-    monkeypatch.setattr(emoji, "_draw_all", lambda: drawn)  # drawing itself is tested above
+    entries = _read_drawings(next(folder.iterdir())).entries
+    drawn = drawings.Drawings(pairs.images.numpy(), owner, entries)
+    monkeypatch.setattr(drawings, "draw_all", lambda: drawn)  # drawing itself is tested above
     with pytest.warns(UserWarning, match="is damaged and made again"):
         again = load_emoji(tmp_path)
     assert torch.equal(again.images, pairs.images)
-    assert emoji._read(path)[0].shape == drawn[0].shape
+    assert _read_drawings(path).images.shape == drawn.images.shape
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 def test_unwritable_cache_costs_a_warning(pairs, folder, tmp_path, monkeypatch):
-    drawn = emoji._read(next(folder.iterdir()))
-    monkeypatch.setattr(emoji, "_draw_all", lambda: drawn)
+    drawn = _read_drawings(next(folder.iterdir()))
+    monkeypatch.setattr(drawings, "draw_all", lambda: drawn)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.warns(UserWarning, match="must be writable, got"):
@@ -180,14 +183,14 @@ def test_unwritable_cache_costs_a_warning(pairs, folder, tmp_path, monkeypatch):
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("CLIPA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert emoji.cache_folder() == tmp_path / "clipa-kernels"
+    assert cache_folder() == tmp_path / "clipa-kernels"
     monkeypatch.setenv("CLIPA_CACHE", str(tmp_path / "mine"))
-    assert emoji.cache_folder() == tmp_path / "mine"
-    assert emoji.cache_folder(tmp_path / "given") == tmp_path / "given"
+    assert cache_folder() == tmp_path / "mine"
+    assert cache_folder(tmp_path / "given") == tmp_path / "given"
 
 
 def test_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(emoji.PACKAGES, "no-such-drawings", "nothing")
+    monkeypatch.setitem(drawings.PACKAGES, "no-such-drawings", "nothing")
     with pytest.raises(RuntimeError, match="no-such-drawings must be installed"):
         load_emoji(tmp_path)
 
@@ -479,11 +482,17 @@ def test_a_bad_image_is_one_sentence(photo, data):
         (lambda x: augment(x[0], 8, **KEY), ValueError, "images must be .B, H, W, 3., got 72x72x3"),
         (lambda x: resize(x[..., :1], 8), ValueError, "resize: images must be .B, H, W, 3."),
         (lambda x: resize(x, 0), ValueError, "resize: size must be at least 1 pixel, got 0"),
-        (lambda x: Augmentation(scale=(1.0, 0.4)), ValueError, "scale must rise from above 0"),
-        (lambda x: Augmentation(ratio=(0.0, 1.0)), ValueError, "ratio must rise from above 0"),
-        (lambda x: Augmentation(hue=0.6), ValueError, "hue must be in .0, 0.5. turns, got 0.6"),
+        (lambda x: Augmentation(scale=(1.0, 0.4)), ValueError, "scale must rise, got .1.0, 0.4."),
+        (lambda x: Augmentation(ratio=(0.0, 1.0)), ValueError, "ratio must be in .0.01, 100., got"),
+        (lambda x: Augmentation(hue=0.6), ValueError, "augment: hue must be in .0, 0.5., got 0.6"),
         (lambda x: Augmentation(grey=1.5), ValueError, "grey must be in .0, 1., got 1.5"),
-        (lambda x: Augmentation(contrast=-1), ValueError, "contrast must not be negative"),
+        (lambda x: Augmentation(contrast=-1), ValueError, "contrast must be in .0, 10., got -1"),
+        (lambda x: Augmentation(scale=(0, 1)), ValueError, "scale must be in .0, 4., got .0, 1."),
+        (
+            lambda x: Augmentation(rotate=math.nan),
+            ValueError,
+            "rotate must be in .*, got nan",
+        ),
         (lambda x: Augmentation(fill=300), ValueError, "fill must be in .0, 255., got 300"),
         (lambda x: decode_square(b"", 8, interpolation="x"), ValueError, "must be bilinear or bic"),
     ],
@@ -518,30 +527,30 @@ def test_global_rows_leave_nothing_out(batch_size):
 
 @pytest.mark.parametrize("batch_size", [64, 256])
 def test_a_batch_shows_one_hand_and_no_concept_twice(pairs, batch_size):
-    owners, hands = pairs.concept[pairs.train], pairs.vendor[pairs.train]
+    owners, vendors = pairs.concept[pairs.train], pairs.vendor[pairs.train]
     seen = set()
     for step in range(24):
-        rows = uniform_rows(0, step, batch_size, hands)
+        rows = uniform_rows(0, step, batch_size, vendors)
         assert len(rows) == len(owners[rows].unique()) == batch_size
-        assert len(hands[rows].unique()) == 1
-        seen.add(int(hands[rows[0]]))
+        assert len(vendors[rows].unique()) == 1
+        seen.add(int(vendors[rows[0]]))
     assert seen == {0, 1}
 
 
 def test_an_epoch_shows_nearly_every_drawing_once(pairs):
-    hands = pairs.vendor[pairs.train]
-    per_epoch = sum(int(count) // 64 for count in hands.bincount())
-    seen = torch.cat([uniform_rows(0, step, 64, hands) for step in range(per_epoch)])
+    vendors = pairs.vendor[pairs.train]
+    per_epoch = sum(int(count) // 64 for count in vendors.bincount())
+    seen = torch.cat([uniform_rows(0, step, 64, vendors) for step in range(per_epoch)])
     assert len(seen.unique()) == len(seen)
-    assert len(seen) > 0.95 * len(hands)
-    following = uniform_rows(0, per_epoch, 64, hands)
+    assert len(seen) > 0.95 * len(vendors)
+    following = uniform_rows(0, per_epoch, 64, vendors)
     assert not torch.equal(following, seen[:64])
 
 
 def test_batches_larger_than_a_hand_straddle_epochs(pairs):
-    hands = pairs.vendor[pairs.train]
-    rows = torch.cat([uniform_rows(0, step, 4000, hands) for step in range(3)])
-    assert rows.bincount(minlength=len(hands)).aminmax() == (3, 4)
+    vendors = pairs.vendor[pairs.train]
+    rows = torch.cat([uniform_rows(0, step, 4000, vendors) for step in range(3)])
+    assert rows.bincount(minlength=len(vendors)).aminmax() == (3, 4)
 
 
 def test_outlines_darken_edges_alone():
@@ -570,9 +579,11 @@ def test_warps_move_pixels_and_keep_colours():
 
 
 def test_blended_images_lie_between_the_two_drawings(pairs, tokenizer):
-    how = settings(tokenizer, batch_size=256)
-    plain, faded = (EmojiLoader(pairs, tokenizer, blend=b, **how) for b in (0.0, 0.5))
-    rows = uniform_rows(4, 0, 256, plain.hands)
+    plain, faded = (
+        EmojiLoader(pairs, tokenizer, **settings(tokenizer, batch_size=256, augmentation=change))
+        for change in (None, Augmentation(blend=0.5))
+    )
+    rows = uniform_rows(4, 0, 256, plain.vendors)
     a, c = plain._blended(rows, 0).int(), faded._blended(rows, 0).int()
     other = plain.images[plain.partner[rows]].int()
     assert torch.equal(a, plain.images[rows].int())
@@ -582,7 +593,7 @@ def test_blended_images_lie_between_the_two_drawings(pairs, tokenizer):
     low, high = torch.minimum(a, other), torch.maximum(a, other)
     assert ((c >= low) & (c <= high))[changed].all()
     with pytest.raises(ValueError, match="blend must be in"):
-        EmojiLoader(pairs, tokenizer, blend=1.5, **how)
+        Augmentation(blend=1.5)
 
 
 def settings(tokenizer: Tokenizer, **change):
@@ -633,7 +644,7 @@ def test_a_batch_shows_its_captions(pairs, tokenizer):
         pairs, tokenizer, **settings(tokenizer, strategy="truncate", context=32, forms=("{name}",))
     )
     batch = next(iter(loader))
-    rows = uniform_rows(4, 0, 24, loader.hands)
+    rows = uniform_rows(4, 0, 24, loader.vendors)
     names = [pairs.names[concept] for concept in loader.owners[rows].tolist()]
     ids, cu_seqlens, longest = tokenizer.encode(names, 32)
     assert torch.equal(batch.ids, ids)
@@ -645,7 +656,7 @@ def test_a_batch_shows_its_captions(pairs, tokenizer):
 
 def test_every_caption_form_is_drawn(pairs, tokenizer):
     loader = EmojiLoader(pairs, tokenizer, **settings(tokenizer, batch_size=512))
-    concepts = loader.owners[uniform_rows(4, 0, 512, loader.hands)].tolist()
+    concepts = loader.owners[uniform_rows(4, 0, 512, loader.vendors)].tolist()
     drawn = loader._captions(concepts, 0)
     forms = [0] * len(FORMS)
     for concept, caption in zip(concepts, drawn, strict=True):

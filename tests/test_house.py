@@ -15,7 +15,7 @@ FLOORS = {
     "clipa_kernels": set(),
     "models": {"clipa_kernels"},
     "data": {"clipa_kernels"},
-    "training": {"clipa_kernels"},
+    "training": {"clipa_kernels", "models", "data"},
 }
 LIBRARY = ROOT / "clipa_kernels"
 LIBRARY_NEEDS = {"torch", "einops"}

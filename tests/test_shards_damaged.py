@@ -17,10 +17,10 @@ from PIL import Image
 
 import train
 from data.augment import Augmentation
-from data.loader import Fault
+from data.batches import Fault
+from data.files import whole
 from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
-from data.vocabularies import whole
 
 BLOCK = 512
 
@@ -562,3 +562,9 @@ def test_a_run_says_on_the_screen_what_it_skips(tmp_path, monkeypatch, capfd):
         train.main([*flags.split(), "--resume", "never", "--workers", "1"])
     assert re.match(r"train.py: ShardLoader: one of 100 .* got none; \S*a.tar, ", str(end.value))
     assert "Traceback" not in str(end.value)
+
+
+def test_shards_refuse_a_blend(words, tmp_path):
+    path = shard(tmp_path / "a.tar", good(range(3)))
+    with pytest.raises(ValueError, match="augmentation must not blend.*got blend 0.5"):
+        loader(path, words, tmp_path, augmentation=Augmentation(blend=0.5))

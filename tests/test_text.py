@@ -95,7 +95,7 @@ def test_clip_ids_are_open_clips(clip, context):
 
 def test_clip_ids_are_open_clips_on_every_emoji_caption(clip):
     open_clip = pytest.importorskip("open_clip")
-    from data.emoji import _entries
+    from data.drawings import _entries
 
     captions = [f"{entry.name}, {', '.join(entry.keywords)}" for entry in _entries()]
     expected = open_clip.SimpleTokenizer()(captions, 77)
@@ -129,7 +129,7 @@ def test_trained_wordpiece_without_start():
 
 def test_trained_wordpiece_is_the_same_in_every_process():
     program = (
-        "from data.text import train_wordpiece\nfrom data.emoji import _entries\n"
+        "from data.text import train_wordpiece\nfrom data.drawings import _entries\n"
         "import hashlib\ncaptions = [e.name for e in _entries()]\n"
         "print(hashlib.sha256(train_wordpiece(captions, 900).to_str().encode()).hexdigest())"
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data.files import whole
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
-from data.vocabularies import _installed_merges, whole
+from data.vocabularies import _installed_merges
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]

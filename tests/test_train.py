@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 
 import train
-from data.emoji import load_emoji
-from data.loader import EmojiLoader
+from data.emoji import EmojiLoader, load_emoji
 from data.text import Tokenizer, train_wordpiece
 from evaluate import build_model
 from training import checkpoint

@@ -11,9 +11,7 @@ It is written beside its place, flushed to the disk and renamed, so a file with 
 whole. Everything in it loads with `torch.load(weights_only=True)`.
 """
 
-import contextlib
 import dataclasses
-import os
 import random
 import re
 import warnings
@@ -23,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from data.files import write_whole
 
 from .config import STAGES, Config, from_json, stages, to_json
 from .distributed import World
@@ -133,18 +133,10 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
         raise ValueError(f"save: keep must be at least 1, got {keep}")
     folder = Path(folder)
     path = folder / f"{state['stage']}-{step:08d}.pt"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
+        with write_whole(path, sync=True) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise RuntimeError(f"save: {path} must be writable, got {error}") from error
     _prune(folder, path, keep)
     return path
@@ -174,16 +166,6 @@ def not_finite(sentence: str, stage: Config, step: int) -> RuntimeError:
     good = checkpoints(stage.output)
     left = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written before"
     return RuntimeError(f"train: {sentence} at step {step} of stage {stage.stage}; {left}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system has it."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:

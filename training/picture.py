@@ -1,13 +1,14 @@
 """The report picture: loss, accuracy of each stage by split, held-out pictures with names."""
 
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from data.files import write_whole
 
 from .config import STAGES
 
@@ -66,10 +67,8 @@ def picture(
     _draw_accuracy(right, results.get("stages", {}))
     if count:
         _draw_images(bottom, heights[1], images[:count], chosen, actual)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    with write_whole(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _bare(axis) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import TextIO
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from data.files import write_whole
 
 from .config import STAGES
 from .picture import picture as picture
@@ -296,7 +297,5 @@ def write_results(path: str | Path, results: dict) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with write_whole(path) as file:
+        file.write(text.encode())

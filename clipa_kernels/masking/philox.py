@@ -12,11 +12,8 @@ IMAGE_STREAM, TEXT_STREAM = 0, 1  # which patches and which text tokens stay
 AUGMENT_STREAM = 2  # crops and colours of images
 ORDER_STREAM, CAPTION_STREAM = 3, 4  # order of samples in an epoch; caption of an image
 WINDOW_STREAM = 5  # to 5 + 2**15 - 1: order of shards, and of samples in each window of shards
-TURN_STREAM, BLEND_STREAM = (
-    0xFF00,
-    0xFF01,
-)  # order of the demo's batches; drawings faded into others
-SHAPE_STREAM = 0xFF02  # turns and bends of images
+TURN_STREAM = 0xFF00  # order of the demo's batches within an epoch
+BLEND_STREAM, SHAPE_STREAM = 0xFF01, 0xFF02  # drawings faded into others; images turned and bent
 
 
 def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:

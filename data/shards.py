@@ -311,9 +311,14 @@ def first_captions(pattern: str | Path | Sequence[str | Path], count: int = 100_
 
 
 def read_pairs(
-    pattern: str | Path | Sequence[str | Path], size: int, count: int = 10_000
+    pattern: str | Path | Sequence[str | Path],
+    size: int,
+    count: int = 10_000,
+    *,
+    squash: bool = False,
+    interpolation: str = "bilinear",
 ) -> tuple[Tensor, list[list[str]], int]:
-    """The first samples of shards for retrieval: images squashed to a side of `size` pixels.
+    """The first samples of shards for retrieval, images as `decode_square` makes them.
 
     A picture has all the captions that its .txt has lines, that its JSON lists, or that samples
     with the same image file have.
@@ -330,7 +335,7 @@ def read_pairs(
     def place_of(data: bytes) -> int:
         name = hashlib.sha256(data).digest()
         if name not in places:
-            images.append(decode_square(data, size, squash=True))
+            images.append(decode_square(data, size, squash=squash, interpolation=interpolation))
             captions.append([])
             places[name] = len(places)
         return places[name]

@@ -30,16 +30,13 @@ from clipa_kernels import (
 )
 from clipa_kernels.contrastive.ops import contrastive_grads, contrastive_stats
 from models.clip import CLIP, configs
-from training.config import Config, preset, stages
+from training.config import Config, Stage, preset
 from training.presets import PRESETS
 
 ARCHS = (80, 90, 100)
 BATCH = 256  # pairs of a process: a GPU's share of the papers' batches
 GROUP = 8  # processes whose texts a loss over a group sees
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# What of a stage decides on its launches.
-STAGE_FIELDS = ("model", "dialect", "patch_size", "pool", "pos_embed", "image_size", "image_mask")
-STAGE_FIELDS += ("image_drop", "context", "vocab_size", "loss")
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 Call = tuple[str, Callable[[], None]]
 
@@ -67,20 +64,28 @@ def calls() -> Iterator[Call]:
     """(what is called, in words; the call)."""
     seen = set()
     for name in PRESETS:
-        for stage in stages(preset(name)):
-            if (alike := tuple(getattr(stage, field) for field in STAGE_FIELDS)) not in seen:
-                yield f"{name} {stage.stage}", partial(step, stage, BF16)
+        config = preset(name)
+        for stage, sizes in config.stages.items():
+            alike = (config.model, config.data.vocab_size, config.optim.loss, launched(sizes))
+            if alike not in seen:
+                yield f"{name} {stage}", partial(step, config, stage, BF16)
             seen.add(alike)
-    for name, place, dtype in (
-        ("clipa-v2-h14", 0, FP16), ("clipa-v1-l16", 0, FP32), ("clipa-v2-h14", 1, FP32),
+    for name, stage, dtype in (
+        ("clipa-v2-h14", "short", FP16), ("clipa-v1-l16", "short", FP32),
+        ("clipa-v2-h14", "full", FP32),
     ):  # fmt: skip
-        stage = stages(preset(name))[place]
-        yield f"{name} {stage.stage} {NAMES[dtype]}", partial(step, stage, dtype)
+        yield f"{name} {stage} {NAMES[dtype]}", partial(step, preset(name), stage, dtype)
     yield from attention_calls()
     yield from stem_calls()
     yield from glue_calls()
     yield from loss_calls()
     yield from masking_calls()
+
+
+def launched(stage: Stage) -> tuple:
+    """What of a stage decides on its launches."""
+    table = stage.pos_embed == "learnable"
+    return stage.image_size, stage.image_mask, stage.image_drop, stage.context, table
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -93,28 +98,29 @@ def backward(*outputs: Tensor) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
-def step(stage: Config, dtype: torch.dtype) -> None:
+def step(config: Config, name: str, dtype: torch.dtype) -> None:
     """A training step of a stage and an evaluation's forward, under autocast."""
-    vision, text, width = configs(stage.model, stage.patch_size, stage.dialect)
-    tables = dict(image_size=stage.image_size, pool=stage.pool, positions=stage.pos_embed)
+    stage, side = config.stages[name], config.model.patch_size
+    vision, text, width = configs(config.model.size, side, config.model.dialect)
+    tables = dict(image_size=stage.image_size, pool=config.model.pool, positions=stage.pos_embed)
     vision = replace(vision, depth=2, **tables)
-    text = replace(text, depth=2, context=stage.context, vocab_size=stage.vocab_size)
+    text = replace(text, depth=2, context=stage.context, vocab_size=config.data.vocab_size)
     model = CLIP(vision, text, width, impl="triton")
     shape = (BATCH, stage.image_size, stage.image_size, 3)
     images = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    grid = (stage.image_size // stage.patch_size,) * 2
-    how = dict(seed=0, step=0, impl="triton")
+    grid = (stage.image_size // side,) * 2
+    key = dict(seed=0, step=0, impl="triton")
     masks = {
         "none": lambda: None,
-        "random": lambda: random_patches(BATCH, grid, stage.image_drop, **how),
-        "grid": lambda: grid_patches(BATCH, grid, **how),
-        "block": lambda: block_patches(BATCH, grid, stage.image_drop, **how),
+        "random": lambda: random_patches(BATCH, grid, stage.image_drop, **key),
+        "grid": lambda: grid_patches(BATCH, grid, **key),
+        "block": lambda: block_patches(BATCH, grid, stage.image_drop, **key),
     }
-    padded = stage.dialect.startswith("clipa-v2")
-    tokens = BATCH * stage.context if padded else BATCH * stage.context * 3 // 4 + 1
+    whole = BATCH * stage.context
+    tokens = whole if config.dialect.pads_text else whole * 3 // 4 + 1
     ends = torch.empty(BATCH + 1, dtype=torch.int32)
     packed = Packed(torch.empty(tokens, dtype=torch.int64), ends, stage.context)
-    loss = sigmoid_loss if stage.loss == "sigmoid" else contrastive_loss
+    loss = sigmoid_loss if config.optim.loss == "sigmoid" else contrastive_loss
     with torch.autocast("cpu", dtype, enabled=dtype != FP32):
         out = model(images, packed, masks[stage.image_mask]())
         out = [out[n] for n in ("image_features", "text_features", "logit_scale")]

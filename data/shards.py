@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipa_kernels.masking.philox import WINDOW_STREAM
+
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
 from .cache import Scan, kept_scan
@@ -34,7 +36,6 @@ from .patterns import expand
 from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
-WINDOW_STREAM = 5
 _SAID = 20  # sentences of what shards lack: thousands of them would hide the rest
 _TRIES = 100  # unreadable samples in a row before a run gives up
 

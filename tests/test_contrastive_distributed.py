@@ -14,11 +14,11 @@ from bench.meters.wire import wire_bytes
 from clipa_kernels import (
     ClipLoss,
     SigLipLoss,
-    _distributed,
-    _strips,
     contrastive_loss,
     sigmoid_loss,
 )
+from clipa_kernels.contrastive import distributed
+from clipa_kernels.contrastive import plain as _strips
 
 FUNCTIONS = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
 
@@ -251,7 +251,7 @@ def work(rank, size, store):
             if rank in members:
                 check_against_one_process(group, 3)
     _strips._CPU_TILE = (16, 16)
-    _distributed._CHUNK_ROWS = 10  # three chunks
+    distributed._CHUNK_ROWS = 10  # three chunks
     check_against_one_process(dist.group.WORLD, 37, kernels=True)
     check_options(dist.group.WORLD, 31)
     dist.barrier()

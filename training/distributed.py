@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipa_kernels._check import choose_impl
+from clipa_kernels.check import choose_impl
 
 
 @dataclass(frozen=True)

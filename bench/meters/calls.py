@@ -18,7 +18,6 @@ from torch import Tensor
 from bench.meters.launches import Launch, recording
 from clipa_kernels import (
     Packed,
-    _contrastive_ops,
     add_layer_norm,
     bias_gelu,
     block_patches,
@@ -29,6 +28,7 @@ from clipa_kernels import (
     sigmoid_loss,
     varlen_attention_qkvpacked,
 )
+from clipa_kernels.contrastive.ops import contrastive_grads, contrastive_stats
 from models.clip import CLIP, configs
 from training.config import Config, Stage, preset
 from training.presets import PRESETS
@@ -42,8 +42,8 @@ Call = tuple[str, Callable[[], None]]
 
 
 def recorded(*ops: str, archs: tuple[int, ...] = ARCHS) -> list[Launch]:
-    """The launches of all calls; of ops alone, by the kernels' file or folder, where any is named:
-    "attention" stands for attention_long.py too.
+    """The launches of all calls; where ops are named, of their kernels alone: "attention", and
+    "launch" for the kernel that several share.
 
     Raises: ValueError for an op without a launch.
     """
@@ -53,12 +53,11 @@ def recorded(*ops: str, archs: tuple[int, ...] = ARCHS) -> list[Launch]:
             call()
             found += [replace(launch, call=label) for launch in launches]
             launches.clear()
-    known = sorted({part for launch in found for part in launch.files})
+    known = sorted({launch.room for launch in found})
     for op in ops:
-        if not any(part.startswith(op) for part in known):
+        if op not in known:
             raise ValueError(f"recorded: ops must be among {', '.join(known)}, got {op!r}")
-    wanted = [x for x in found if any(part.startswith(op) for part in x.files for op in ops)]
-    return wanted if ops else found
+    return [launch for launch in found if launch.room in ops] if ops else found
 
 
 def calls() -> Iterator[Call]:
@@ -221,11 +220,9 @@ def loss_calls() -> Iterator[Call]:
     def group(n: int, width: int, dtype: torch.dtype) -> None:
         image, text = empty(n // GROUP, width, dtype=dtype), empty(n, width, dtype=dtype)
         scale, pairs = torch.empty(()), (0, 0, n // GROUP)
-        rows, cols = _contrastive_ops.contrastive_stats(image, text, scale, *pairs, True)
+        rows, cols = contrastive_stats(image, text, scale, *pairs, True)
         none, d_loss, wanted = scale.new_empty(0), torch.empty(()), [True] * 3
-        _contrastive_ops.contrastive_grads(
-            image, text, scale, rows, cols, none, d_loss, *pairs, wanted, True, True
-        )
+        contrastive_grads(image, text, scale, rows, cols, none, d_loss, *pairs, wanted, True, True)
 
     def sigmoid(n: int, width: int, dtype: torch.dtype, learnt: bool = True) -> None:
         image, text = (x.requires_grad_(learnt) for x in features(n, width, dtype))

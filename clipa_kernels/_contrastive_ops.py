@@ -120,20 +120,6 @@ def _contrastive_backward(ctx, d_loss, _rows, _cols, _slope):
 contrastive_loss.register_autograd(_contrastive_backward, setup_context=_save_contrastive)
 
 
-@torch.library.custom_op("clipa::contrastive_loss_one_tile", mutates_args=())
-def contrastive_loss_one_tile(
-    image: Tensor, text: Tensor, scale: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in fp32 (fp64), empty where not wanted."""
-    with torch.autocast(image.device.type, enabled=False):
-        return _or_empty(_strips.softmax_pass(image, text, scale, tuple(wanted)), scale)
-
-
-@contrastive_loss_one_tile.register_fake
-def _(image, text, scale, wanted):
-    return torch.empty_like(scale), *_like((image, text, scale), wanted, True)
-
-
 @torch.library.custom_op("clipa::sigmoid_loss", mutates_args=())
 def sigmoid_loss(
     image: Tensor,
@@ -171,29 +157,22 @@ def _like(inputs: tuple[Tensor, ...], wanted: list[bool], wide: bool) -> tuple[T
 
 
 def _save_grads(ctx, inputs, output):
-    """For operators that make the gradients in the forward: in fp32, for d_loss may be large."""
+    """The gradients are made in the forward: they stay in fp32, for d_loss may be large."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.inputs = inputs[len(output) - 1], len(inputs)
-    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 1]]
+    ctx.wanted, ctx.inputs = inputs[4], len(inputs)
+    ctx.dtypes = [value.dtype for value in inputs[:4]]
 
 
-def _times_d_loss(function: str):
-    def backward(ctx, d_loss, *again):
-        refuse_second(function, *again)
-        if d_loss is None:
-            return (None,) * ctx.inputs
-        grads = [
-            (grad * d_loss).to(dtype) if want else None
-            for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
-        ]
-        return *grads, *(None,) * (ctx.inputs - len(grads))
-
-    return backward
+def _sigmoid_backward(ctx, d_loss, *again):
+    refuse_second("sigmoid_loss", *again)
+    if d_loss is None:
+        return (None,) * ctx.inputs
+    grads = [
+        (grad * d_loss).to(dtype) if want else None
+        for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+    ]
+    return *grads, *(None,) * (ctx.inputs - len(grads))
 
 
-for _operator, _function in (
-    (contrastive_loss_one_tile, "contrastive_loss"),
-    (sigmoid_loss, "sigmoid_loss"),
-):
-    _operator.register_autograd(_times_d_loss(_function), setup_context=_save_grads)
+sigmoid_loss.register_autograd(_sigmoid_backward, setup_context=_save_grads)

@@ -250,7 +250,7 @@ def work(rank, size, store):
             group = dist.new_group(members)
             if rank in members:
                 check_against_one_process(group, 3)
-    _strips._CPU_TILE = (16, 16)
+    _strips._CPU_STRIP = 16 * 16
     _distributed._CHUNK_ROWS = 10  # three chunks
     check_against_one_process(dist.group.WORLD, 37, kernels=True)
     check_options(dist.group.WORLD, 31)

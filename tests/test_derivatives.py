@@ -86,7 +86,7 @@ CAN = [
 @pytest.fixture
 def tiles(request, monkeypatch):
     if "strips" in request.node.name:
-        monkeypatch.setattr(_strips, "_CPU_TILE", (4, 4))
+        monkeypatch.setattr(_strips, "_CPU_STRIP", 16)
 
 
 def penalised(function, tensors, wanted):

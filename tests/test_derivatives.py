@@ -19,7 +19,7 @@ from clipa_kernels import (
     varlen_attention_qkvpacked,
 )
 from clipa_kernels.attention import rivals
-from clipa_kernels.contrastive import plain as _strips
+from clipa_kernels.contrastive import plain
 
 RAGGED, EQUAL = cu_seqlens_of([3, 0, 4, 5]), cu_seqlens_of([4, 4, 4])
 KEEP = torch.tensor([[0, 3], [2, 1]])
@@ -86,7 +86,7 @@ CAN = [
 @pytest.fixture
 def tiles(request, monkeypatch):
     if "strips" in request.node.name:
-        monkeypatch.setattr(_strips, "_CPU_TILE", (4, 4))
+        monkeypatch.setattr(plain, "_CPU_STRIP", 16)
 
 
 def penalised(function, tensors, wanted):

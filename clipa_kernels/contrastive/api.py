@@ -6,7 +6,7 @@
                                                                         (SigLIP, arXiv:2303.15343)
 
 Plain torch keeps the logits of both directions, their log-softmax and gradients: about 89 bytes a
-logit. Here a tile of logits lives at a time, and 2 N sums are saved for the backward.
+logit. Here a strip of logits lives at a time, and 2 N sums are saved for the backward.
 """
 
 from __future__ import annotations
@@ -133,9 +133,6 @@ def contrastive_loss(
     scale, kernels = _scalar(logit_scale, image), impl == "triton"
     if group is not None:
         loss = group_contrastive(image, text, scale, group, kernels)
-    elif not kernels and plain.fits_one_tile(image):
-        wanted = _wanted(image, text, scale)
-        loss = ops.contrastive_loss_one_tile(image, text, scale, wanted)[0]
     else:
         loss = ops.contrastive_loss(image, text, scale, kernels)[0]
     return loss if logit_bias is None else loss + 0 * _scalar(logit_bias, image)
@@ -176,7 +173,8 @@ def sigmoid_loss(
     kernels = impl == "triton"
     if group is not None:
         return group_sigmoid(image, text, scale, bias, group, kernels)
-    wanted, pairs = _wanted(image, text, scale, bias), (0, 0, image.shape[0])
+    grad, pairs = torch.is_grad_enabled(), (0, 0, image.shape[0])
+    wanted = [value.requires_grad and grad for value in (image, text, scale, bias)]
     return ops.sigmoid_loss(image, text, scale, bias, wanted, *pairs, kernels)[0]
 
 
@@ -234,10 +232,6 @@ def _as_tensor(function: str, features: Tensor, **named: object) -> Tensor:
 def _factor(value: Tensor | float) -> Tensor | float:
     """[] of [1], which would widen 16-bit features."""
     return value.reshape(()) if isinstance(value, Tensor) else value
-
-
-def _wanted(*inputs: Tensor) -> list[bool]:
-    return [value.requires_grad and torch.is_grad_enabled() for value in inputs]
 
 
 def _scalar(value: Tensor, features: Tensor) -> Tensor:

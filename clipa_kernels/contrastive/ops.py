@@ -1,7 +1,7 @@
 """The custom operators behind contrastive_loss and sigmoid_loss: opaque to torch.compile, without
 collectives, and with autocast off inside, since the features arrive in the dtype to multiply in.
 
-first, begin, end: the positives, as _strips.Pairs. kernels: Triton's tiles instead of torch's.
+first, begin, end: the positives, as plain.Pairs. kernels: Triton's tiles instead of torch's.
 """
 
 from types import ModuleType
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..check import once_operator, refuse_second
-from . import plain as _strips
+from . import plain
 
 
 def _forward(kernels: bool, image: Tensor) -> ModuleType:
     if not kernels:
-        return _strips
+        return plain
     from .. import launch as common
     from . import kernels as contrastive
 
@@ -25,7 +25,7 @@ def _forward(kernels: bool, image: Tensor) -> ModuleType:
 
 def _backward(kernels: bool, image: Tensor, function: str = "contrastive_loss") -> ModuleType:
     if not kernels:
-        return _strips
+        return plain
     from .. import launch as common
     from . import kernels_grads as contrastive_grads
 
@@ -42,8 +42,8 @@ def _or_empty(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor,
 def contrastive_stats(
     image: Tensor, text: Tensor, scale: Tensor, first: int, begin: int, end: int, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """As _strips.softmax_stats: rows [3, M], cols [2, N]."""
-    pairs = _strips.Pairs(first, begin, end)
+    """As plain.softmax_stats: rows [3, M], cols [2, N]."""
+    pairs = plain.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         return _forward(kernels, image).softmax_stats(image, text, scale, pairs)
 
@@ -69,8 +69,8 @@ def contrastive_grads(
     wide: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, text and scale, empty where not wanted; see _strips.softmax_grads."""
-    pairs = _strips.Pairs(first, begin, end)
+    """Gradients of image, text and scale, empty where not wanted; see plain.softmax_grads."""
+    pairs = plain.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         grads = _backward(kernels, image).softmax_grads(
             image, text, scale, rows, cols, slope, d_loss, pairs, tuple(wanted), wide
@@ -114,26 +114,12 @@ def _contrastive_backward(ctx, d_loss, _rows, _cols, _slope):
         return None, None, None, None
     wanted = list(ctx.needs_input_grad[:3])
     image, *rest = ctx.saved_tensors
-    pairs = _strips.Pairs(0, 0, image.shape[0])
+    pairs = plain.Pairs(0, 0, image.shape[0])
     grads = contrastive_grads(image, *rest, d_loss, *pairs, wanted, False, ctx.kernels)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None
 
 
 contrastive_loss.register_autograd(_contrastive_backward, setup_context=_save_contrastive)
-
-
-@torch.library.custom_op("clipa::contrastive_loss_one_tile", mutates_args=())
-def contrastive_loss_one_tile(
-    image: Tensor, text: Tensor, scale: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in fp32 (fp64), empty where not wanted."""
-    with torch.autocast(image.device.type, enabled=False):
-        return _or_empty(_strips.softmax_pass(image, text, scale, tuple(wanted)), scale)
-
-
-@contrastive_loss_one_tile.register_fake
-def _(image, text, scale, wanted):
-    return torch.empty_like(scale), *_like((image, text, scale), wanted, True)
 
 
 @torch.library.custom_op("clipa::sigmoid_loss", mutates_args=())
@@ -149,7 +135,7 @@ def sigmoid_loss(
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients in fp32 (fp64), empty where not wanted."""
-    pairs = _strips.Pairs(first, begin, end)
+    pairs = plain.Pairs(first, begin, end)
     with torch.autocast(image.device.type, enabled=False):
         strips = _backward(kernels, image, "sigmoid_loss")
         results = strips.sigmoid_pass(image, text, scale, bias, pairs, tuple(wanted))
@@ -173,29 +159,22 @@ def _like(inputs: tuple[Tensor, ...], wanted: list[bool], wide: bool) -> tuple[T
 
 
 def _save_grads(ctx, inputs, output):
-    """For operators that make the gradients in the forward: in fp32, for d_loss may be large."""
+    """The gradients are made in the forward: they stay in fp32, for d_loss may be large."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.inputs = inputs[len(output) - 1], len(inputs)
-    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 1]]
+    ctx.wanted, ctx.inputs = inputs[4], len(inputs)
+    ctx.dtypes = [value.dtype for value in inputs[:4]]
 
 
-def _times_d_loss(function: str):
-    def backward(ctx, d_loss, *again):
-        refuse_second(function, *again)
-        if d_loss is None:
-            return (None,) * ctx.inputs
-        grads = [
-            (grad * d_loss).to(dtype) if want else None
-            for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
-        ]
-        return *grads, *(None,) * (ctx.inputs - len(grads))
-
-    return backward
+def _sigmoid_backward(ctx, d_loss, *again):
+    refuse_second("sigmoid_loss", *again)
+    if d_loss is None:
+        return (None,) * ctx.inputs
+    grads = [
+        (grad * d_loss).to(dtype) if want else None
+        for grad, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+    ]
+    return *grads, *(None,) * (ctx.inputs - len(grads))
 
 
-for _operator, _function in (
-    (contrastive_loss_one_tile, "contrastive_loss"),
-    (sigmoid_loss, "sigmoid_loss"),
-):
-    _operator.register_autograd(_times_d_loss(_function), setup_context=_save_grads)
+sigmoid_loss.register_autograd(_sigmoid_backward, setup_context=_save_grads)

@@ -1,16 +1,15 @@
-"""The logits tile by tile, in plain torch: what the two contrastive losses run without a kernel.
+"""The logits strip by strip, in plain torch: what the two contrastive losses run without a kernel.
 
-A tile of logits is made, used and dropped; beside the features and their gradients only vectors
-live through a pass. Logits are kept in bits (natural logits times log2 e): exp2 costs a quarter of
-exp on CPUs, and sums move between whole shifts without rounding.
+A strip of rows against all columns is made, used and dropped; beside the features and their
+gradients only vectors live through a pass. Logits are kept in bits (natural logits times log2 e):
+exp2 costs a quarter of exp on CPUs, and sums move between whole shifts without rounding.
 
 Positives are kept apart from negatives. With n the sum over a row's negatives and p its positive's
 term, the loss is log(1 + n / p) and the positive's gradient -n / (n + p): as exact where a pair
 is nearly sure as elsewhere, and duplicates cancel to the last bit.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,14 +18,9 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-# Rows and columns of a tile. On CPUs it fits the L2 cache, and sums of 384 products keep fp32's
-# rounding at that of a blocked BLAS; on devices 64 MB of logits make few launches.
-_CPU_TILE, _DEVICE_TILE = (384, 384), (2048, 8192)
-# Tiles whose logits all lie within +-60 bits need no shift: their sums stay inside fp32.
-_UNSHIFTED_BITS = 60.0
-_SAFE_EXP_LOGIT = 60.0
-# Below this many multiplications the call costs more than it saves.
-_ONEDNN_PRODUCTS = 1 << 21
+# Logits of a strip: 16 MB in fp32, half of a CPU's shared cache, and operations long enough that
+# waiting for all threads after each costs little on a busy machine; on devices few launches.
+_CPU_STRIP, _DEVICE_STRIP = 1 << 22, 1 << 24
 
 
 class Pairs(NamedTuple):
@@ -59,20 +53,19 @@ def softmax_stats(
     cols [2, N] = (shift, sum). Without a negative the sum is 0.
     """
     x, y = _operands(image, text)
-    rows = torch.empty(3, x.shape[0], dtype=scale.dtype, device=x.device)
-    cols = torch.empty(2, y.shape[0], dtype=scale.dtype, device=x.device)
-    tile_rows, tile_cols = _tile_shape(x, y)
-    for j in range(0, y.shape[0], tile_cols):
-        col = slice(j, j + tile_cols)
-        for i in range(0, x.shape[0], tile_rows):
-            row = slice(i, i + tile_rows)
-            tile = _logits(x[row], y[col], scale)
-            positive, at = _positives(tile, pairs, i, j)
-            rows[2, at] = positive
-            unshifted = _needs_no_shift(tile)
-            row_shift, row_sum, col_shift, col_sum = _tile_sums(tile, positive, unshifted)
-            merge(rows[:2, row], row_shift, row_sum, is_first=j == 0)
-            merge(cols[:, col], col_shift, col_sum, is_first=i == 0)
+    rows, cols = scale.new_empty(3, len(x)), scale.new_empty(2, len(y))
+    lowest = torch.finfo(scale.dtype).min  # the shift of a row without a finite logit
+    for row in _row_strips(x, y):
+        logits = _logits(x[row], y, scale, LOG2_E)
+        positive, own = _positives(logits, pairs, row)
+        rows[2, own] = positive
+        positive.fill_(-torch.inf)
+        row_shift = logits.amax(1).ceil_().clamp_(min=lowest)
+        col_shift = logits.amax(0).ceil_().clamp_(min=lowest)
+        rows[0, row] = row_shift
+        rows[1, row] = (logits - row_shift[:, None]).exp2_().sum(1)
+        col_sum = logits.sub_(col_shift).exp2_().sum(0)
+        merge(cols, col_shift, col_sum, is_first=row.start == 0)
     return rows, cols
 
 
@@ -119,50 +112,19 @@ def softmax_grads(
     wide: in fp32 (fp64), not yet in the features' dtype.
     """
 
-    def tile_gradient(tile: Tensor, row: slice, col: slice, i: int, j: int) -> Tensor:
-        _divide(tile, rows[:, row], cols[:, col], _needs_no_shift(tile))
-        _positives(tile, pairs, i, j)[0].zero_()
-        return tile
+    def gradient(logits: Tensor, row: slice) -> None:
+        by_col = (logits - cols[0]).exp2_()
+        logits.sub_(rows[0, row, None]).exp2_().div_(rows[1, row, None])
+        logits.addcdiv_(by_col, cols[1])
+        _positives(logits, pairs, row)[0].zero_()
 
     weight = d_loss / (2 * len(image))
-    grads = _feature_grads(image, text, scale, tile_gradient, rows[2], pairs, wanted, weight)
-    return grads if wide else _narrow(grads, image.dtype)
-
-
-def fits_one_tile(image: Tensor) -> bool:
-    """Whether the logits of these features with as many texts are one tile, for softmax_pass."""
-    return image.shape[0] <= min(_CPU_TILE if image.is_cpu else _DEVICE_TILE)
-
-
-def softmax_pass(
-    image: Tensor, text: Tensor, scale: Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The contrastive loss and its gradients, in fp32 (fp64), out of one tile made once."""
-    x, y = _operands(image, text)
-    tile = _logits(x, y, scale)
-    positive = tile.diagonal().clone()
-    unshifted = _needs_no_shift(tile)
-    negatives = tile if unshifted else tile.clone()
-    row_shift, row_sum, col_shift, col_sum = _tile_sums(negatives, negatives.diagonal(), unshifted)
-    shifts, sums = torch.stack([row_shift, col_shift]), torch.stack([row_sum, col_sum])
-    excess = (shifts.view(2, -1) - positive).mul_(LN_2).add_(sums.log()).add_(positive * 0)
-    loss = F.logsigmoid(-excess).sum() / (-2 * len(x))
-    if not any(wanted):
-        return loss, None, None, None
-    divisors = (positive - shifts.view(2, -1)).exp2_().add_(sums).mul_(2 * len(x))
-    if unshifted:
-        by_col = tile / divisors[1]
-        tile.div_(divisors[0, :, None]).add_(by_col)
-    else:
-        _divide(tile, (row_shift, divisors[0]), (col_shift, divisors[1]), unshifted)
-        tile.diagonal().zero_()
-    tile = tile.to(x.dtype)
-    d_positive = (sums / divisors).sum(0).neg_()
-    d_image = _matmul(tile, y) if wanted[0] or not wanted[1] else None
-    d_text = _transposed_matmul(tile, x) if wanted[1] else None
-    weights = 1.0 if y.dtype.itemsize == 2 else LN_2, 1.0
-    pairs = Pairs(0, 0, len(x))
-    return loss, *_finish(x, y, d_image, d_text, d_positive, scale, pairs, wanted, weights)
+    d_image, d_text, d_scale = _feature_grads(
+        image, text, scale, gradient, rows[2], pairs, wanted, weight, unit=LOG2_E
+    )
+    if not wide:
+        d_image, d_text = (g if g is None else g.to(image.dtype) for g in (d_image, d_text))
+    return d_image, d_text, d_scale
 
 
 def sigmoid_pass(
@@ -180,28 +142,22 @@ def sigmoid_pass(
     """
     total = torch.zeros((), dtype=torch.float64, device=image.device)
     d_bias = torch.zeros_like(total)
-    d_positive = torch.zeros(image.shape[0], dtype=scale.dtype, device=image.device)
+    d_positive = scale.new_zeros(len(image))
 
-    def tile_gradient(tile: Tensor, row: slice, col: slice, i: int, j: int) -> Tensor:
-        positive, at = _positives(tile.add_(bias), pairs, i, j)
+    def gradient(logits: Tensor, row: slice) -> None:
+        positive, own = _positives(logits.add_(bias), pairs, row)
         positive.neg_()
-        if tile.is_cpu and tile.amax().item() <= _SAFE_EXP_LOGIT:
-            power = tile.mul_(LOG2_E).exp2_()
-            total.add_(torch.log1p(power).sum())
-            tile = power.div_(power + 1) if any(wanted) else power
-        else:
-            total.sub_(F.logsigmoid(-tile).sum())
-            tile.sigmoid_()
-        d_positive[at] = -positive
+        # Beyond the threshold, softplus(x) is x to fp64's last bit.
+        total.add_(F.softplus(logits, threshold=40).sum())
+        logits.sigmoid_()
+        d_positive[own] = -positive
         positive.zero_()
-        if wanted[3]:
-            d_bias.add_(tile.sum())
-        return tile
+        d_bias.add_(logits.sum())
 
-    weight = 1 / image.shape[0]
+    weight = 1 / len(image)
     # Natural logits here: a bias in bits would round all alike.
     grads = _feature_grads(
-        image, text, scale, tile_gradient, d_positive, pairs, wanted[:3], weight, unit=1.0
+        image, text, scale, gradient, d_positive, pairs, wanted[:3], weight, unit=1.0
     )
     d_bias = (d_bias.add_(d_positive.sum()) * weight).to(scale.dtype) if wanted[3] else None
     return (total * weight).to(scale.dtype), *grads, d_bias
@@ -211,104 +167,43 @@ def _feature_grads(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    tile_gradient: Callable[[Tensor, slice, slice, int, int], Tensor],
+    gradient: Callable[[Tensor, slice], None],
     d_positive: Tensor,
     pairs: Pairs,
     wanted: tuple[bool, bool, bool],
     weight: Tensor | float,
-    unit: float = LOG2_E,
+    unit: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX = s G Y, dY = s G' X and ds = sum(X * G Y) over all tiles times weight, where wanted."""
+    """dX = s G Y, dY = s G' X and ds = sum(X * G Y) times weight, where wanted.
+
+    gradient turns a strip of logits into G in place, with 0 for the positives.
+    """
+    x, y = _operands(image, text)
     # The scale's gradient comes from a product made anyway; a locked tower's half is skipped.
     make_image, make_text = wanted[0] or (wanted[2] and not wanted[1]), wanted[1]
-    x, y = _operands(image, text, unit)
-    kind = {"dtype": scale.dtype, "device": x.device}
-    d_image = torch.empty(x.shape, **kind) if make_image else None
-    d_text = torch.empty(y.shape, **kind) if make_text else None
-    tile_rows, tile_cols = _tile_shape(x, y)
-    strips = range(0, x.shape[0], tile_rows)
-    x_t = [x[i : i + tile_rows].t().contiguous() for i in strips] if make_text else []
-    for j in range(0, y.shape[0], tile_cols):
-        col = slice(j, j + tile_cols)
-        d_text_t = None
-        for i in strips:
-            row = slice(i, i + tile_rows)
-            tile = _logits(x[row], y[col], scale, unit)
-            tile = tile_gradient(tile, row, col, i, j).to(x.dtype)
-            if make_image:
-                part = _matmul(tile, y[col])
-                d_image[row].copy_(part) if j == 0 else d_image[row].add_(part)
-            if make_text:
-                part = _matmul(x_t[i // tile_rows], tile)
-                d_text_t = part if d_text_t is None else d_text_t.add_(part)
+    d_image = torch.zeros_like(x, dtype=scale.dtype) if make_image else None
+    d_text = torch.zeros_like(y, dtype=scale.dtype) if make_text else None
+    for row in _row_strips(x, y):
+        logits = _logits(x[row], y, scale, unit)
+        gradient(logits, row)
+        logits = logits.to(x.dtype)
+        if make_image:
+            _matmul(logits, y, into=d_image[row])
         if make_text:
-            d_text[col] = d_text_t.t()
-    y_weight = weight if y.dtype.itemsize == 2 else weight / unit
-    weights = y_weight, weight
-    return _finish(x, y, d_image, d_text, d_positive, scale, pairs, wanted, weights)
-
-
-def _finish(x, y, d_image, d_text, d_positive, scale, pairs, wanted, weights):
-    """Adds the positives to G Y and G' X, reads the scale's gradient off, applies all factors."""
+            _matmul(logits.t(), x[row], into=d_text)
     # The positives' large gradients come last: fp32 sums of the small ones stay exact.
-    for i in range(pairs.begin, pairs.end, _DEVICE_TILE[0]):
-        row = slice(i, min(i + _DEVICE_TILE[0], pairs.end))
-        own = slice(pairs.first + row.start, pairs.first + row.stop)
-        if d_image is not None:
-            d_image[row].add_(y[own] * d_positive[row, None])
-        if d_text is not None:
-            d_text[own].add_(x[row] * d_positive[row, None])
+    row = slice(pairs.begin, pairs.end)
+    own = slice(pairs.first + pairs.begin, pairs.first + pairs.end)
+    if make_image:
+        d_image[row].addcmul_(y[own], d_positive[row, None])
+    if make_text:
+        d_text[own].addcmul_(x[row], d_positive[row, None])
     d_scale = None
     if wanted[2]:
-        product = x * d_image if d_image is not None else y * d_text
-        d_scale = product.sum() * weights[0]
-    d_image = d_image.mul_(scale * weights[0]) if wanted[0] else None
-    d_text = d_text.mul_(scale * weights[1]) if wanted[1] else None
+        d_scale = (x * d_image if make_image else y * d_text).sum() * weight
+    d_image = d_image.mul_(scale * weight) if wanted[0] else None
+    d_text = d_text.mul_(scale * weight) if make_text else None
     return d_image, d_text, d_scale
-
-
-def _narrow(grads, dtype):
-    d_image, d_text = (None if grad is None else grad.to(dtype) for grad in grads[:2])
-    return d_image, d_text, grads[2]
-
-
-def _tile_sums(
-    tile: Tensor, positive: Tensor, unshifted: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row and column (shift, sum) of a tile without its positives. Overwrites the tile."""
-    if unshifted:
-        tile.exp2_()
-        positive.zero_()
-        none = tile.new_zeros(())
-        return none, tile.sum(1), none, tile.sum(0)
-    lowest = torch.finfo(tile.dtype).min
-    positive.fill_(-torch.inf)
-    row_shift = tile.amax(1).ceil_().clamp_(min=lowest)
-    col_shift = tile.amax(0).ceil_().clamp_(min=lowest)
-    row_sum = (tile - row_shift[:, None]).exp2_().sum(1)
-    return row_shift, row_sum, col_shift, tile.sub_(col_shift).exp2_().sum(0)
-
-
-def _divide(tile: Tensor, rows: Tensor, cols: Tensor, unshifted: bool) -> None:
-    """tile = 2^(tile - row shift) / row divisor + 2^(tile - col shift) / col divisor, in place."""
-    if unshifted:
-        row = rows[0].exp2().mul_(rows[1])
-        col = cols[0].exp2().mul_(cols[1])
-        by_col = tile.exp2_() / col
-        tile.div_(row[:, None]).add_(by_col)
-        return
-    by_col = (tile - cols[0]).exp2_().div_(cols[1])
-    tile.sub_(rows[0][:, None]).exp2_().div_(rows[1][:, None]).add_(by_col)
-
-
-def _needs_no_shift(tile: Tensor) -> bool:
-    """Whether 2^logit itself serves rows and columns: one exponential a logit instead of two.
-
-    Asked on CPUs only: elsewhere the answer would wait for the device.
-    """
-    if not tile.is_cpu:
-        return False
-    return tile.amax().item() <= _UNSHIFTED_BITS and tile.amin().item() >= -_UNSHIFTED_BITS
 
 
 def merge(into: Tensor, shift: Tensor, total: Tensor, *, is_first: bool) -> None:
@@ -322,73 +217,44 @@ def merge(into: Tensor, shift: Tensor, total: Tensor, *, is_first: bool) -> None
     into[0] = high
 
 
-def _positives(tile: Tensor, pairs: Pairs, i: int, j: int) -> tuple[Tensor, slice]:
-    """The view of the positives in the tile at row i, column j, and the rows they belong to."""
-    start = max(i, pairs.begin, j - pairs.first)
-    stop = min(i + tile.shape[0], pairs.end, j + tile.shape[1] - pairs.first)
-    if start >= stop:
-        return tile[:0, 0], slice(0, 0)
-    view = tile[start - i : stop - i, start + pairs.first - j :].diagonal()
-    return view, slice(start, stop)
+def _row_strips(x: Tensor, y: Tensor) -> Iterator[slice]:
+    """Rows of x in strips of nearly one height, a multiple of 16: the last is no sliver."""
+    most = max(1, (_CPU_STRIP if x.is_cpu else _DEVICE_STRIP) // len(y))
+    count = -(-len(x) // most)
+    height = -(-len(x) // count // 16) * 16
+    for i in range(0, len(x), height):
+        yield slice(i, min(i + height, len(x)))
 
 
-def _operands(image: Tensor, text: Tensor, unit: float = LOG2_E) -> tuple[Tensor, Tensor]:
-    """Features as the products take them: fp32 or fp64 with text times unit, or on CUDA 16 bit.
+def _positives(logits: Tensor, pairs: Pairs, row: slice) -> tuple[Tensor, slice]:
+    """The view of the positives in a strip of logits, and the rows that they belong to."""
+    begin, end = max(row.start, pairs.begin), min(row.stop, pairs.end)
+    if begin >= end:
+        return logits[:0, 0], slice(0, 0)
+    view = logits[begin - row.start : end - row.start, pairs.first + begin :].diagonal()
+    return view, slice(begin, end)
 
-    The factor goes into the elements: on the logits its rounding would not average out.
-    """
+
+def _operands(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Features as the products take them: fp32 or fp64, or on CUDA 16 bit."""
     # On ROCm products of 16 bits with an fp32 result are refused up to torch 2.9.
     if image.is_cuda and image.dtype.itemsize == 2 and torch.version.hip is None:
         return image.contiguous(), text.contiguous()
     dtype = compute_dtype(image)
-    text = text.to(dtype).contiguous()
-    return image.to(dtype).contiguous(), text if unit == 1 else text * unit
+    return image.to(dtype).contiguous(), text.to(dtype).contiguous()
 
 
-def _tile_shape(x: Tensor, y: Tensor) -> tuple[int, int]:
-    """Tiles of nearly one size, in multiples of 16: the last is no sliver."""
-    most = _CPU_TILE if x.is_cpu else _DEVICE_TILE
-    counts = (-(-len(rows) // tile) for rows, tile in zip((x, y), most, strict=True))
-    return tuple(
-        -(-len(rows) // count // 16) * 16 for rows, count in zip((x, y), counts, strict=True)
-    )
-
-
-def _logits(x: Tensor, y: Tensor, scale: Tensor, unit: float = LOG2_E) -> Tensor:
-    """A tile of scale * x @ y.T in units (1: natural), of what _operands gave."""
+def _logits(x: Tensor, y: Tensor, scale: Tensor, unit: float) -> Tensor:
+    """scale * x @ y.T in units (1: natural), of what _operands gave."""
     if x.dtype.itemsize == 2:
         return _matmul(x, y.t()).mul_(scale * unit)
-    return _matmul(x * scale, y.t())
+    # The factors go into the elements: their rounding on the logits would not average out.
+    return _matmul((x * scale).mul_(unit), y.t())
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 (fp64) result."""
+def _matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """a @ b with an fp32 (fp64) result, added to into."""
     if a.dtype.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    if _takes_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
-
-
-def _transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a.T @ b; oneDNN wants the narrow factor transposed, not the tile."""
-    if _takes_onednn(a, b):
-        return _matmul(b.t().contiguous(), a).t().contiguous()
-    return _matmul(a.t(), b)
-
-
-def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    if not a.is_cpu or a.dtype != torch.float32 or a.numel() * b.shape[1] < _ONEDNN_PRODUCTS:
-        return False
-    return _onednn_is_faster()
-
-
-@cache
-def _onednn_is_faster() -> bool:
-    """Whether oneDNN's fp32 product is there and better than the BLAS behind torch.mm: MKL keeps to
-    AVX2 on AMD CPUs. EPYC Zen 5, 2 threads: 430 against 200 GFLOP/s at 512 x 2048 x 512."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        return product if into is None else into.add_(product)
+    return torch.mm(a, b) if into is None else into.addmm_(a, b)

@@ -36,23 +36,6 @@ class TooManyPixels(ValueError):
     """An image file's size is above MAX_PIXELS."""
 
 
-def decode(data: bytes, size: int = 0) -> Tensor:
-    """Pixels of an image file, on white where it is transparent.
-
-    Args:
-        data: the file's bytes, any format of Pillow.
-        size: a JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that leaves both
-            sides at least this long, in pixels; 0 decodes all of it.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        ValueError: the bytes are no whole image.
-    """
-    return _guarded("decode", data, lambda image: _pixels(_load(image, (size, size))))
-
-
 def decode_crop(
     data: bytes,
     size: int,

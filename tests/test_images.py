@@ -9,18 +9,32 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import Augmentation, augment, sample_draws, shape_draws
-from data.images import MAX_PIXELS, TooManyPixels, decode, decode_crop, decode_square
+from data.augment import Augmentation, augment, resize, sample_draws, shape_draws
+from data.images import (
+    MAX_PIXELS,
+    TooManyPixels,
+    _guarded,
+    _load,
+    _pixels,
+    decode_crop,
+    decode_square,
+)
 
 KEY = {"seed": 5, "step": 3}
 ORIENTATION = 0x0112
 RAMP = np.tile(np.arange(256, dtype=np.uint16) * 257, (256, 1))  # black to white in 16 bits
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image | torch.Tensor, kind: str, **options) -> bytes:
+    image = Image.fromarray(image.numpy()) if isinstance(image, torch.Tensor) else image
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def decode(data: bytes, size: int = 0) -> torch.Tensor:
+    """The pixels of a file that decode_crop and decode_square start from."""
+    return _guarded("decode", data, lambda image: _pixels(_load(image, (size, size))))
 
 
 def png(
@@ -276,3 +290,73 @@ def test_bends_without_their_draws_are_refused():
     data, draw = encoded(Image.new("RGB", (8, 8)), "PNG"), sample_draws(1, **KEY)[0]
     with pytest.raises(ValueError, match="decode_crop: shapes must be given for warp and outline"):
         decode_crop(data, 8, draw, Augmentation(warp=0.1))
+
+
+@pytest.fixture(scope="module")
+def photo() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(1, 3, 6, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(480, 640), mode="bicubic")
+    return (smooth[0].clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "GIF", "BMP"])
+def test_decode_reads_formats(photo, kind):
+    pixels = decode(encoded(photo, kind))
+    assert pixels.shape == photo.shape
+    assert (pixels.int() - photo.int()).abs().float().mean() < 12
+
+
+def test_decode_shrinks_jpegs_no_further_than_asked(photo):
+    data = encoded(photo, "JPEG", quality=95)
+    assert decode(data, 0).shape == (480, 640, 3)
+    assert decode(data, 230).shape == (240, 320, 3)
+    assert decode(data, 50).shape == (60, 80, 3)
+    assert decode(encoded(photo, "PNG"), 50).shape == (480, 640, 3)
+
+
+def test_transparent_becomes_white_and_grey_becomes_colour():
+    clear = torch.zeros(8, 8, 4, dtype=torch.uint8)
+    assert (decode(encoded(clear, "PNG")) == 255).all()
+    grey = torch.full((8, 9), 100, dtype=torch.uint8)
+    assert (decode(encoded(grey, "PNG")) == 100).all()
+    assert decode(encoded(grey, "PNG")).shape == (8, 9, 3)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_file_crop_is_the_batch_crop(photo, size):
+    draws = sample_draws(6, **KEY)
+    expected = augment(photo.expand(6, -1, -1, -1), size, Augmentation(flip=0.5), **KEY).int()
+    for data, bound in ((encoded(photo, "PNG"), 0.8), (encoded(photo, "JPEG", quality=95), 2.5)):
+        for draw, image in zip(draws, expected, strict=True):
+            found = decode_crop(data, size, draw, Augmentation(flip=0.5))
+            assert (found.int() - image).abs().float().mean() < bound
+
+
+def test_square_decode_crops_the_centre_or_squashes(photo):
+    data = encoded(photo, "PNG")
+    squashed = decode_square(data, 64, squash=True).int()
+    assert (squashed - resize(photo[None], 64)[0].int()).abs().max() <= 1
+    centre = decode_square(data, 64).int() - resize(photo[:, 80:560][None], 64)[0].int()
+    assert centre[:, 1:-1].abs().max() <= 1  # the outer columns see across the crop's edge
+    assert centre.abs().max() <= 4
+    cubic = decode_square(data, 64, interpolation="bicubic")
+    assert not torch.equal(cubic, decode_square(data, 64))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not an image", b"\xff\xd8\xff\xe0" + b"\x00" * 50, "half"],
+    ids=["empty", "text", "header", "half"],
+)
+def test_a_bad_image_is_one_sentence(photo, data):
+    if data == "half":
+        data = encoded(photo, "JPEG")[:3000]
+    draws = sample_draws(1, **KEY)[0]
+    for call in (
+        lambda: decode(data),
+        lambda: decode_crop(data, 32, draws, Augmentation()),
+        lambda: decode_square(data, 32),
+    ):
+        with pytest.raises(ValueError, match="data must be a whole image, got"):
+            call()

@@ -51,7 +51,8 @@ def require_tensor(function: str, **tensors: object) -> None:
 
 
 def require_float(function: str, **tensors: Tensor) -> None:
-    """TypeError unless every named tensor is floating point, of 16 bits or more."""
+    """TypeError unless all are tensors of floating point, of 16 bits or more."""
+    require_tensor(function, **tensors)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
@@ -78,7 +79,7 @@ def require_int(function: str, low: int, high: int, **values: object) -> tuple[i
 
 
 def require_device(function: str, device: object) -> torch.device | None:
-    """The device, None for torch's default; TypeError or ValueError where torch knows none such."""
+    """The device, None for torch's default; TypeError or ValueError for one torch does not know."""
     if device is None or isinstance(device, torch.device):
         return device
     try:

@@ -33,7 +33,7 @@ def runs_on(device: torch.device) -> bool:
 
 def require_products(function: str, operand: Tensor) -> None:
     """TypeError for bfloat16 under Triton's interpreter: its tl.dot multiplies the bit patterns, up
-    to Triton 3.8 at least. Who mends it there says so by the builder's `multiplies_bfloat16`."""
+    to Triton 3.8 at least. A mended interpreter sets its builder's `multiplies_bfloat16`."""
     if operand.dtype != torch.bfloat16 or not triton.knobs.runtime.interpret:
         return
     from triton.runtime.interpreter import interpreter_builder
@@ -55,7 +55,7 @@ def arch() -> int:
 def launcher(function: _Launcher) -> _Launcher:
     """Enters the device of the first tensor or torch.device among a launcher's arguments: Triton
     launches on the current device's stream, and compiles for its architecture, wherever the
-    tensors lie. Nothing off CUDA."""
+    tensors lie. It does nothing off CUDA."""
 
     @wraps(function)
     def on_device(*args, **kwargs):

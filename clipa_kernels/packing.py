@@ -91,7 +91,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     unpack(pack(x, lengths)) equals x where x is not padding. No host-device copy.
 
     Raises:
-        TypeError: packed is no Packed, one of its parts is of another type, or fill is no number.
+        TypeError: packed is not a Packed, a part of it is of another type, or fill is not a number.
         ValueError: cu_seqlens or max_seqlen does not fit tokens, or their dtype cannot hold fill.
     """
     if not isinstance(packed, tuple) or len(packed) != 3:
@@ -111,7 +111,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
 
 def _integers(function: str, lengths: Iterable[int]) -> list[int]:
     """The lengths as Python's integers; a tensor of them may come in place of a sequence."""
-    if hasattr(lengths, "tolist"):  # of torch or NumPy: one without dimensions has no elements
+    if hasattr(lengths, "tolist"):  # of torch or NumPy: a tensor without dimensions gives a number
         lengths = lengths.tolist()
     if not isinstance(lengths, Iterable) or isinstance(lengths, (str, bytes, Mapping, Set)):
         raise TypeError(f"{function}: lengths must be a sequence of integers, got {lengths!r}")

@@ -4,7 +4,7 @@
             64 rows, or several of 8 tokens and fewer under a block-diagonal mask. Softmax needs no
             rescaling. The backward makes scores and statistics again, rowsum(P * dP) instead of
             rowsum(O * dO), so q, k, v and dO are read once and each gradient is written once.
-    long    see attention_long.py
+    long    see kernels_long.py
 
 Short attention is bound by memory, L / 2 operations a byte, so the empty part of a tile is nearly
 free. q, k, v are read where they lie, by strides, and gradients are written likewise: packed

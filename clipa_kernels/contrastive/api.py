@@ -26,7 +26,6 @@ from ..check import (
     require_float,
     require_same_device,
     require_same_dtype,
-    require_tensor,
 )
 from . import ops, plain
 from .distributed import (
@@ -194,7 +193,6 @@ def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor 
 
 
 def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, ...]:
-    require_tensor(name, image=image, text=text)
     require_float(name, image=image, text=text)
     scalars = {
         "logit_scale": _as_tensor(name, image, logit_scale=logit_scale),

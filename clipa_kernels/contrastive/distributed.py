@@ -20,8 +20,8 @@ from . import ops, plain
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Chunks that texts travel in: at most so many, each of at least so many rows a process, for a
-# chunk's tiles must fill the device.
+# Chunks that texts travel in: at most _CHUNKS, each of at least _CHUNK_ROWS rows a process, since
+# the tiles of a chunk must fill the device.
 _CHUNKS, _CHUNK_ROWS = 4, 512
 
 

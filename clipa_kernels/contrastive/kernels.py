@@ -6,7 +6,7 @@
                N^2 / 200 floats in all, into loss, divisors and, from the means, the scale's slope.
     backward   the tile again, and G, its gradient, of a strip of rows in the features' dtype; two
                products with fp32 accumulation turn a strip into dX and dY: the library's, but for
-               the last dY of several in 16 bits, see contrastive_grads.py.
+               the last dY of several in 16 bits, see kernels_grads.py.
 
 Every operand tile is read from memory as it lies, nothing is transposed or copied. 8 N^2 D
 operations in all, the least that keeps no N x N. Positives are kept apart from negatives, as in

@@ -34,10 +34,10 @@ class Config:
 
 
 def config_for(width: int, numbers: int) -> Config:
-    """The tile for rows of `width` columns, a thread holding so many numbers of each tensor.
+    """The tile for rows of `width` columns, of which a thread holds `numbers` of each tensor.
 
-    Those are 16 in the forward, two 16-byte loads in bf16, and 8 in the backward, which keeps four
-    times as much beside them: with 16 it spills on sm_100.
+    16 in the forward, two 16-byte loads in bf16; 8 in the backward, which keeps four times as much
+    beside them: with 16 it spills on sm_100.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if block_d > 2048:
@@ -158,8 +158,8 @@ def _add_layer_norm_bwd_kernel(
 
 
 def _vector(*streams: Tensor) -> int:
-    """Columns next to each other in a thread: 16 bytes of the widest stream, whose accesses would
-    else touch each sector twice."""
+    """Columns next to each other in a thread: 16 bytes of the widest stream, which would
+    otherwise touch each sector twice."""
     return 16 // max(stream.element_size() for stream in streams)
 
 

@@ -120,7 +120,6 @@ def grid_patches(
     batch: int,
     grid: Grid,
     *,
-    corner: str = "random",
     seed: int,
     step: int,
     first_sample: int = 0,
@@ -132,26 +131,19 @@ def grid_patches(
     Windows start at even rows and columns. At an odd side the last ones are cut to what is there
     and still keep one patch each, so K = ceil(rows / 2) * ceil(columns / 2).
 
-    Args: as random_patches; corner "random" draws in each window uniformly, so that every position
-        is trained, "top_left" keeps that patch in all windows.
-    Returns: int64 [B, K], ascending in each row.
-    Raises: as random_patches; ValueError where corner is neither of the two.
-    Source: CLIPA's grid mask, whose figure shows the top left; the random corner is our choice.
+    The patch is drawn uniformly in each window, so that every position is trained.
 
-    >>> grid_patches(1, (4, 4), corner="top_left", seed=0, step=0).tolist()
-    [[0, 2, 8, 10]]
+    Args, Raises: as random_patches.
+    Returns: int64 [B, K], ascending in each row.
+    Source: CLIPA's grid mask, whose figure shows the top left patches.
     """
     batch, grid, device = _images("grid_patches", batch, grid, device)
-    if not isinstance(corner, str) or corner not in ("random", "top_left"):
-        raise ValueError(f"grid_patches: corner must be random or top_left, got {corner!r}")
     key = seed, step, first = _key("grid_patches", batch, seed, step, first_sample)
-    if _kernel("grid_patches", impl, grid, device) and corner == "random":
+    if _kernel("grid_patches", impl, grid, device):
         windows = (grid[0] + 1) // 2 * ((grid[1] + 1) // 2)
         return _launched("grid", batch, grid, windows, (0, 0), key, device)
     rows = torch.arange(0, grid[0], 2, device=device)[:, None]
     columns = torch.arange(0, grid[1], 2, device=device)
-    if corner == "top_left":
-        return (rows * grid[1] + columns).flatten().repeat(batch, 1)
     samples = torch.arange(first, first + batch, device=device)
     bits = draw_bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
     bits = bits.view(batch, len(rows), len(columns))

@@ -97,7 +97,7 @@ def patch_embed(
     Raises:
         ValueError: an image that does not divide into patches, channels or sizes or devices that
             disagree, keep empty or out of range, a mean that is not finite, a std that is not
-            positive and finite (tensors are looked at on a CPU only), an unknown impl.
+            positive and finite (tensors are checked on a CPU only), an unknown impl.
         TypeError: dtypes other than those above.
     Source: open_clip's VisionTransformer stem and PatchDropout.
 
@@ -232,7 +232,6 @@ def _check_images(name: str, images: Tensor, weight: Tensor, bias: Tensor | None
             f"got {height}x{width}"
         )
     if bias is not None:
-        require_tensor(name, bias=bias)
         require_float(name, bias=bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}: bias must be [{weight.shape[0]}], got {describe(bias)}")
@@ -248,7 +247,6 @@ def _channels(
     if not isinstance(values, Tensor) and hasattr(values, "tolist"):  # an array of NumPy
         values = values.tolist()
     if isinstance(values, Tensor):
-        require_tensor(name, **{label: values})
         require_float(name, **{label: values})
         numbers = values.flatten().tolist() if readable(values) else []
         shape, came = tuple(values.shape), describe(values)
@@ -268,20 +266,18 @@ def _channels(
         raise ValueError(f"{name}: {label} must be {rule}, got {numbers}")
     if isinstance(values, Tensor):
         return values
-    # Filled on the device: a tensor made of the numbers is a copy that the host waits for.
-    how = dict(dtype=wide, device=images.device)
-    return torch.cat([torch.full((1,), float(number), **how) for number in numbers])
+    # Filled on the device: torch.tensor of the numbers is a copy that the host waits for.
+    kind = dict(dtype=wide, device=images.device)
+    return torch.cat([torch.full((1,), float(number), **kind) for number in numbers])
 
 
 def _check_tokens(
     name: str, patches: int, weight: Tensor, pos_embed: Tensor, cls_token: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    require_tensor(name, pos_embed=pos_embed)
     require_float(name, pos_embed=pos_embed)
     pos_embed = _of_one_image(pos_embed)
     width, prefix = weight.shape[0], 0
     if cls_token is not None:
-        require_tensor(name, cls_token=cls_token)
         require_float(name, cls_token=cls_token)
         cls_token = _of_one_image(cls_token)
         prefix = cls_token.numel() // width

@@ -61,6 +61,7 @@ def launcher(function: _Launcher) -> _Launcher:
     def on_device(*args, **kwargs):
         place = next(arg for arg in args if isinstance(arg, (Tensor, torch.device)))
         device = place.device if isinstance(place, Tensor) else place
+        # The interpreter, and drivers that take CPU tensors.
         if device.type != "cuda":
             return function(*args, **kwargs)
         with torch.cuda.device(device):
@@ -109,6 +110,7 @@ def _sum_partial_kernel(
     # [BLOCK_P, BLOCK_D]
     partial_ptrs = partial_ptr + ((offs_p * SUMS + which) * D)[:, None] + offs_d[None, :]
     acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    # One program walks all parts in order: two runs give equal bits.
     for part in range(0, parts, BLOCK_P):
         mask_p = offs_p < parts - part
         acc += tl.load(partial_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)

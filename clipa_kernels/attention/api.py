@@ -10,17 +10,8 @@ and backward nothing is kept but the inputs; the probabilities are computed agai
 import torch
 from torch import Tensor
 
-from ..check import (
-    as_flag,
-    as_float,
-    autocast_dtype,
-    choose_impl,
-    describe,
-    refuse_tangents,
-    require_float,
-    require_same_device,
-    require_same_dtype,
-)
+from .. import check
+from ..check import describe
 from ..packing import check_packed
 from . import ops, rivals
 
@@ -96,15 +87,15 @@ def varlen_attention(
     Source: flash_attn.flash_attn_varlen_func of flash-attention 2.8.
     """
     name = "varlen_attention"
-    require_float(name, q=q, k=k, v=v)
-    require_same_dtype(name, q=q, k=k, v=v)
+    check.require_float(name, q=q, k=k, v=v)
+    check.require_same_dtype(name, q=q, k=k, v=v)
     if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
         came = ", ".join(describe(t) for t in (q, k, v))
         raise ValueError(f"{name}: q, k and v must be [T, H, D], all alike, got {came}")
-    require_same_device(name, q=q, k=k, v=v)
+    check.require_same_device(name, q=q, k=k, v=v)
     impl, *rest = _check_rest(name, impl, cu_seqlens, max_seqlen, causal, scale, q, k, v)
     if impl == "torch":
-        refuse_tangents(name, q, k, v)
+        check.refuse_tangents(name, q, k, v)
         return ops.attention_packed(torch.stack((q, k, v), 1), cu_seqlens, *rest)
     return _separate(impl, q, k, v, cu_seqlens, *rest)
 
@@ -130,12 +121,12 @@ def varlen_attention_qkvpacked(
     Source: flash_attn.flash_attn_varlen_qkvpacked_func of flash-attention 2.8.
     """
     name = "varlen_attention_qkvpacked"
-    require_float(name, qkv=qkv)
+    check.require_float(name, qkv=qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{name}: qkv must be [T, 3, H, D], got {describe(qkv)}")
     impl, *rest = _check_rest(name, impl, cu_seqlens, max_seqlen, causal, scale, qkv)
     if impl in ("torch", "triton"):
-        refuse_tangents(name, qkv)
+        check.refuse_tangents(name, qkv)
         return ops.attention_packed(qkv, cu_seqlens, *rest, impl == "triton")
     return _separate(impl, *qkv.unbind(1), cu_seqlens, *rest)
 
@@ -152,14 +143,14 @@ def _separate(
 ) -> Tensor:
     """The implementations that take three tensors; in their dtype also under autocast."""
     args = q, k, v, cu_seqlens, max_seqlen
-    if autocast_dtype(q.device) is not None:
+    if check.autocast_dtype(q.device) is not None:
         with torch.autocast(q.device.type, enabled=False):
             return _separate(impl, *args, causal, scale)
     if impl == "reference":
         return varlen_attention_reference(*args, causal=causal, scale=scale)
     if impl == "sdpa":
         return rivals.sdpa(*args, causal, scale)
-    refuse_tangents("varlen_attention", q, k, v)
+    check.refuse_tangents("varlen_attention", q, k, v)
     if impl == "triton":
         return ops.attention(*args, causal, scale)
     q, k, v = rivals.differentiated_once(q, k, v)
@@ -175,13 +166,13 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     """
     fits = x.shape[-1] <= _WIDEST and max_seqlen <= _LONGEST
     if isinstance(impl, str) and impl == "auto":
-        if fits and choose_impl(name, impl, _IMPLS, x) == "triton":
+        if fits and check.choose_impl(name, impl, _IMPLS, x) == "triton":
             return "triton"
         if x.device.type != "cpu":
             return "sdpa"
         equal = x.shape[0] == batch * max_seqlen
         return "torch" if not equal or x.dtype.itemsize == 2 else "sdpa"
-    impl = choose_impl(name, impl, _IMPLS, x)
+    impl = check.choose_impl(name, impl, _IMPLS, x)
     if impl == "triton" and not fits:
         raise ValueError(
             f'{name}: impl "triton" takes heads of at most {_WIDEST} and sequences of at most '
@@ -212,7 +203,7 @@ def _check_rest(
         if x.stride(-1) != 1:
             raise ValueError(f"{name}: the last stride must be 1, got {x.stride(-1)}")
     max_seqlen = check_packed(name, tensors[0], cu_seqlens, max_seqlen)
-    causal = as_flag(name, causal=causal)
-    scale = head_size**-0.5 if scale is None else as_float(name, scale=scale)
+    causal = check.as_flag(name, causal=causal)
+    scale = head_size**-0.5 if scale is None else check.as_float(name, scale=scale)
     impl = _choose(name, impl, tensors[0], cu_seqlens.shape[0] - 1, max_seqlen)
     return impl, max_seqlen, causal, scale

@@ -58,6 +58,7 @@ def _row(ptr, D, BLOCK_D: tl.constexpr):
 def _statistics(total, mask_d, D, eps):
     """(total - mean, 0 beyond D; 1 / deviation) of rows [BLOCK_M, BLOCK_D]."""
     mean = tl.sum(total, 1) / D
+    # Columns of padding would be -mean here and count in the variance.
     centred = tl.where(mask_d, total - mean[:, None], 0.0)
     var = tl.sum(centred * centred, 1) / D
     return centred, 1.0 / tl.sqrt(var + eps)
@@ -123,6 +124,7 @@ def _add_layer_norm_bwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)[:, None]
     # [BLOCK_M, BLOCK_D]; 64-bit numbers stay scalar
     out = offs_m * D + offs_d[None, :]
+    # Sums over rows are made once, after the loop: here each place adds its own.
     d_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     d_bias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for first in range(start, end, BLOCK_M):

@@ -131,16 +131,7 @@ def varlen_attention_qkvpacked(
     return _separate(impl, *qkv.unbind(1), cu_seqlens, *rest)
 
 
-def _separate(
-    impl: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-) -> Tensor:
+def _separate(impl: str, q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """The implementations that take three tensors; in their dtype also under autocast."""
     args = q, k, v, cu_seqlens, max_seqlen
     if check.autocast_dtype(q.device) is not None:
@@ -184,13 +175,7 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
 
 
 def _check_rest(
-    name: str,
-    impl: str,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float | None,
-    *tensors: Tensor,
+    name: str, impl: str, cu_seqlens, max_seqlen, causal, scale, *tensors: Tensor
 ) -> tuple[str, int, bool, float]:
     """The implementation to run, max_seqlen, causal and scale, once all have been checked."""
     heads, head_size = tensors[0].shape[-2:]

@@ -328,14 +328,8 @@ def _tile_stats(
     return rows, cols, row_lse, col_lse
 
 
-def _merge_launch(
-    partial: list[Tensor],
-    scale: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    pairs: tuple[int, int, int],
-    sums: tuple[Tensor, Tensor] | None,
-) -> None:
+def _merge_launch(partial, scale, rows, cols, pairs, sums: tuple[Tensor, Tensor] | None) -> None:
+    """Fills rows and cols from the partial sums of _tile_stats; sums: loss and slope, if wanted."""
     row_lse, col_lse = partial
     (planes, row_parts, m), (_, col_parts, n) = row_lse.shape, col_lse.shape
     # One program for the loss: its sum is final, at a launch less than a second level.

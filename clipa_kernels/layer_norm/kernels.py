@@ -21,7 +21,7 @@ from ..launch import cdiv, launcher, rows_a_program, rows_of, sum_partial
 
 _PROGRAMS = 512  # of a backward: about four an SM, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
-_FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for so many rows
+_FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for all of them
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _row(launch: Launch) -> Row | RuntimeError:
 
 
 def heading(width: int) -> str:
-    """The line above the rows, their labels in so many columns."""
+    """The line above the rows, whose labels take `width` columns."""
     return (
         f"{'launch':{width}} sm warps stages regs  spill st/ld     shared KB  blocks/SM          "
         f"  warps %  {'  '.join(TENSOR_CORE)}  load width, store width"

@@ -1,259 +1,27 @@
 """Zero-shot classification and image-text retrieval of a checkpoint.
 
-    python evaluate.py runs/emoji                         the embedded drawings, split by split
-    python evaluate.py runs/emoji --images photos         a folder of one folder a class
-    python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards
-
-Classification compares an image's feature with each class's: the mean of the normalised features of
-its prompts, normalised again. Retrieval ranks captions for an image and images for a caption.
+python evaluate.py runs/emoji                         the embedded drawings, split by split
+python evaluate.py runs/emoji --images photos         a folder of one folder a class
+python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 import tyro
-from torch import Tensor
 
-from clipa_kernels import Packed
-from data.augment import resize
-from data.emoji import CAPTIONS, PROMPTS, EmojiPairs, load_emoji
-from data.folders import class_names, read_folder
-from data.shards import read_pairs
+from data.emoji import CAPTIONS, load_emoji
 from data.text import Tokenizer
-from models import CLIP, build, load_weights
+from models import load_weights
+from training.build import build_model
 from training.checkpoint import latest, load, weights
-from training.config import Config, check_range, from_json
+from training.config import check_range, from_json
 from training.distributed import autocast_dtype, setup
+from training.evaluation import Encoder, check_sets, evaluate, table
+from training.evaluation import evaluate_folder as evaluate_folder
+from training.evaluation import evaluate_shards as evaluate_shards
 from training.report import sentences
-
-# For pictures of one's own: a few of OpenAI's templates for ImageNet.
-PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
-
-
-def build_model(config: Config, vocab_size: int = 0) -> CLIP:
-    """The CLIP that a stage's config describes, with fresh weights."""
-    if vocab_size > config.vocab_size:
-        raise ValueError(
-            f"build_model: vocab_size must hold the tokenizer's {vocab_size} entries, "
-            f"got {config.vocab_size}"
-        )
-    return build(
-        config.model,
-        config.patch_size,
-        dialect=config.dialect,
-        vision=dict(image_size=config.image_size, pool=config.pool, positions=config.pos_embed),
-        text=dict(context=config.context, vocab_size=config.vocab_size),
-        logit_scale=config.init_scale,
-        logit_bias=config.init_bias if config.loss == "sigmoid" else None,
-        impl=config.impl,
-    )
-
-
-@dataclass
-class Encoder:
-    """A model with what its inputs need: features of pictures and of texts, normalised, fp32."""
-
-    model: CLIP
-    tokenizer: Tokenizer
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    batch_size: int = 256
-
-    def _run(self, function, *inputs) -> Tensor:
-        fast = self.dtype != torch.float32
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=fast):
-            return F.normalize(function(*inputs).float(), dim=-1).cpu()
-
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [n, H, W, 3] of any size, squashed to the model's -> [n, E]."""
-        size = self.model.visual.config.image_size
-        parts = [
-            self._run(
-                self.model.encode_image, resize(part, size).permute(0, 3, 1, 2).to(self.device)
-            )
-            for part in images.split(self.batch_size)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Captions -> [n, E]."""
-        config, parts = self.model.config, []
-        for first in range(0, len(texts), self.batch_size):
-            part = texts[first : first + self.batch_size]
-            pad = config.pool == "last"
-            ids, ends, longest = self.tokenizer.encode(part, config.context, pad=pad)
-            packed = Packed(ids.to(self.device), ends.to(self.device), longest)
-            parts.append(self._run(self.model.encode_text, packed))
-        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
-
-    def classes(self, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        """Class features [C, E]: mean over the prompts of each name, normalised again."""
-        features = self.texts([prompt.format(name) for name in names for prompt in prompts])
-        return F.normalize(features.view(len(names), len(prompts), -1).mean(1), dim=-1)
-
-
-def classification(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of images [n, E] whose class [n] is the nearest, or among the nearest five, of [C, E].
-
-    >>> eye = torch.eye(6)
-    >>> classification(eye[:2], eye, torch.tensor([0, 2]))["top1"]
-    0.5
-    """
-    ranked = (images @ classes.T).topk(min(5, len(classes)), 1).indices
-    hits = ranked == labels.unsqueeze(1)
-    return {
-        "top1": hits[:, 0].double().mean().item(),
-        "top5": hits.any(1).double().mean().item(),
-        "n": len(labels),
-        "chance": 1 / len(classes),
-    }
-
-
-def retrieval(images: Tensor, texts: Tensor, pairs: Tensor) -> dict[str, float]:
-    """Recall at 1 and 5, both ways, of images [n, E] and texts [C, E].
-
-    pairs [P, 2] says which image has which text; [n] gives each image its one text. An image is
-    right if any of its texts is among the nearest, a text if any of its images is; what has no
-    partner is left out.
-    """
-    if pairs.ndim == 1:
-        pairs = torch.stack([torch.arange(len(pairs)), pairs], 1)
-    image_r1, image_r5 = _recall(images, texts, pairs)
-    text_r1, text_r5 = _recall(texts, images, pairs.flip(1))
-    return {
-        "image_to_text_r1": image_r1,
-        "image_to_text_r5": image_r5,
-        "text_to_image_r1": text_r1,
-        "text_to_image_r5": text_r5,
-    }
-
-
-def _recall(queries: Tensor, targets: Tensor, pairs: Tensor) -> tuple[float, float]:
-    """Share of paired queries with a partner that is the nearest target, or of the nearest five."""
-    partners = pairs[:, 0] * len(targets) + pairs[:, 1]
-    hits = []
-    for asked in pairs[:, 0].unique().split(1024):  # never all scores at once
-        nearest = (queries[asked] @ targets.T).topk(min(5, len(targets)), 1).indices
-        hits.append(torch.isin(asked.unsqueeze(1) * len(targets) + nearest, partners))
-    found = torch.cat(hits)
-    return found[:, 0].double().mean().item(), found.any(1).double().mean().item()
-
-
-def evaluate_emoji(
-    encoder: Encoder, pairs: EmojiPairs, prompts: Sequence[str] = PROMPTS
-) -> tuple[dict[str, dict], dict]:
-    """Figures of each split of the embedded set, and pictures to show with the names chosen.
-
-    Prompts classify, plain names retrieve. "held-out drawings" is the mean over its two vendors,
-    each among its own names.
-    """
-    results, shown = {}, {"images": [], "chosen": [], "actual": []}
-    for name, split in pairs.splits.items():
-        images = encoder.images(pairs.images[split.images])
-        classes = encoder.classes(split.classes, prompts)
-        results[name] = classification(images, classes, split.labels)
-        results[name] |= retrieval(images, encoder.texts(split.classes), split.labels)
-        if name.startswith("held-out"):
-            pick = torch.linspace(0, len(images) - 1, 12).long()
-            best = (images[pick] @ classes.T).argmax(1).tolist()
-            shown["images"] += list(pairs.images[split.images[pick]])
-            shown["chosen"] += [split.classes[i] for i in best]
-            shown["actual"] += [split.classes[i] for i in split.labels[pick].tolist()]
-    held = [figures for name, figures in results.items() if name.startswith("held-out")]
-    mean = {key: sum(figures[key] for figures in held) / len(held) for key in held[0]}
-    results = {"held-out drawings": mean | {"n": sum(figures["n"] for figures in held)}} | results
-    return results, shown | {"images": torch.stack(shown["images"])}
-
-
-def check_sets(images: str = "", shards: str = "") -> None:
-    """ValueError unless each set that is given holds something to evaluate; stops at the first."""
-    if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
-        raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
-    if shards and not any(read_pairs(shards, 8, count)[1] for count in (1, 10_000)):
-        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
-
-
-def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
-    """Zero-shot figures on pictures in one folder a class; data/folders.py says how they are named.
-
-    A file that cannot be read is counted in "skipped" and left out; a folder without a picture that
-    can be read is no class.
-    """
-    features, found, pixels, skipped = [], [], [], 0
-    for path, picture in read_folder(folder, encoder.model.visual.config.image_size):
-        if picture is None:
-            skipped += 1
-            continue
-        found.append(path)
-        pixels.append(picture)
-        if len(pixels) == encoder.batch_size:
-            features.append(encoder.images(torch.stack(pixels)))
-            pixels = []
-    if not found:
-        raise ValueError(f"evaluate: {folder} must hold pictures that can be read, got none")
-    if pixels:
-        features.append(encoder.images(torch.stack(pixels)))
-    classes = list(dict.fromkeys(found))
-    names = class_names(folder, classes)
-    labels = torch.tensor([classes.index(path) for path in found])
-    figures = classification(torch.cat(features), encoder.classes(names, PHOTO_PROMPTS), labels)
-    return figures | {"skipped": skipped}
-
-
-def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
-    """Retrieval figures on the pictures of tar shards, each with all of its captions.
-
-    A caption that several pictures have is one text, found if any of them is. n counts pictures.
-    """
-    images, captions, skipped = read_pairs(pattern, encoder.model.visual.config.image_size)
-    if not captions:
-        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
-    texts = list(dict.fromkeys(text for one in captions for text in one))
-    places = {text: place for place, text in enumerate(texts)}
-    pairs = {(image, places[text]) for image, one in enumerate(captions) for text in one}
-    figures = retrieval(encoder.images(images), encoder.texts(texts), torch.tensor(sorted(pairs)))
-    chance = len(pairs) / (len(images) * len(texts))
-    return figures | {"n": len(images), "chance": chance, "skipped": skipped}
-
-
-def evaluate(
-    encoder: Encoder,
-    pairs: EmojiPairs | None,
-    prompts: Sequence[str] = PROMPTS,
-    images: str = "",
-    shards: str = "",
-) -> tuple[dict[str, dict], dict]:
-    """(figures of each set, pictures to show with the names chosen) of all that is asked for."""
-    shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
-    results: dict[str, dict] = {}
-    if pairs is not None:
-        results, shown = evaluate_emoji(encoder, pairs, prompts)
-    for kind, path, figures in (
-        ("images", images, evaluate_folder),
-        ("shards", shards, evaluate_shards),
-    ):
-        if path:  # whose name may hold bytes that are no text
-            name = Path(path).name.encode(errors="backslashreplace").decode()
-            results[f"{kind}: {name}"] = figures(encoder, path)
-    return results, shown
-
-
-def table(results: dict[str, dict]) -> str:
-    """The figures of each split as lines of text, in percent."""
-    heads = ("top-1", 7), ("top-5", 7), ("i>t R1", 8), ("R5", 7), ("t>i R1", 8), ("R5", 7), ("n", 7)
-    lines = [" " * 30 + "".join(f"{head:>{width}}" for head, width in heads) + "  chance"]
-    for name, figures in results.items():
-        cells = [f"{name:30}"]
-        for key, width in (("top1", 7), ("top5", 7), ("image_to_text_r1", 8),
-                           ("image_to_text_r5", 7), ("text_to_image_r1", 8),
-                           ("text_to_image_r5", 7)):  # fmt: skip
-            cells.append(f"{100 * figures[key]:{width}.1f}" if key in figures else " " * width)
-        lines.append("".join(cells) + f"{figures['n']:7d}  {100 * figures['chance']:.2f}")
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -272,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """The program. A checkpoint or folder that will not do ends it with a sentence."""
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
-        check_range("batch_size", flags.batch_size)
+        check_range("batch_size", flags.batch_size, "batch_size")
         check_sets(flags.images, flags.shards)
         world = setup(flags.device)
         path = Path(flags.checkpoint)
@@ -280,16 +48,17 @@ def main(argv: list[str] | None = None) -> None:
         if state is None:
             raise ValueError(f"{path} must hold a checkpoint, got a folder without one")
         # How the run computed, its machine decided; this one may be another.
-        config = replace(from_json(state["config"]), impl="auto")
+        config = from_json(state["config"])
+        config = replace(config, run=replace(config.run, impl="auto"))
         tokenizer = Tokenizer.from_json(state["tokenizer"])
-        model = build_model(config, tokenizer.vocab_size)
+        model = build_model(config, state["stage"], tokenizer.vocab_size)
         load_weights(model, weights(state))
-        dtype = autocast_dtype(config.precision, world.device)
+        dtype = autocast_dtype(config.run.precision, world.device)
         model = model.to(world.device).eval()
         encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size)
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
-        prompts = CAPTIONS[config.captions][1]
+        prompts = CAPTIONS[config.data.captions][1]
         results, _ = evaluate(encoder, pairs, prompts, flags.images, flags.shards)
         print(json.dumps(results, indent=2) if flags.json else table(results))
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (here / "clipa_kernels/__init__.py").read_text())[1]
@@ -56,7 +56,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["clipa_kernels", "clipa_kernels._triton"],
+    packages=find_packages(include=["clipa_kernels*"]),
     install_requires=["torch>=2.8", "einops"],
     extras_require={
         "train": train,

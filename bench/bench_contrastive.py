@@ -2,6 +2,7 @@
 
     pytest bench/bench_contrastive.py            N = 1024 to 65536, D = 512, as memory allows
     python -m bench.bench_contrastive 32768      one size, fp32 and bf16, as a table
+    python -m bench.bench_contrastive 8192 --load 2    the same beside two busy processes
 
 Each rival first gives the loss and gradients of the fp64 formula (error: largest relative one of
 them), then it is timed. extra MB is what a fresh process grows by during one call beyond its
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -172,21 +173,37 @@ def test_contrastive(benchmark, name, n, dtype):
     }
 
 
-def table(n: int) -> None:
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes that keep one processor each busy."""
+    spin = sys.executable, "-c", "while True: pass"
+    running = [subprocess.Popen(spin) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def table(n: int, load: int) -> None:
     """All rivals in turns at one size: the median of five, seconds of processor time beside it."""
     print(
-        f"N={n} D={WIDTH} on {DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"N={n} D={WIDTH} on {DEVICE}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads beside {load} busy processes"
     )
     for dtype, torch_dtype in DTYPES.items():
         losses = {name: rival(name) for name in RIVALS}
         for name in [name for name, loss in losses.items() if isinstance(loss, str)]:
             print(f"{dtype} {name:20} skipped: {losses.pop(name)}")
         inputs, times = leaves(n, torch_dtype), {name: [] for name in losses}
-        for _ in range(6):
-            for name, loss in losses.items():
-                start = time.perf_counter(), time.process_time()
-                step(loss, inputs)
-                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        with busy(load):
+            for _ in range(6):
+                for name, loss in losses.items():
+                    start = time.perf_counter(), time.process_time()
+                    step(loss, inputs)
+                    end = time.perf_counter(), time.process_time()
+                    times[name].append((end[0] - start[0], end[1] - start[1]))
         for name, loss in losses.items():
             wall, cpu = (statistics.median(t[i] for t in times[name][1:]) for i in (0, 1))
             row = {
@@ -201,13 +218,14 @@ def table(n: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("n", type=int, nargs="?", default=8192, help="pairs")
+    parser.add_argument("--load", type=int, default=0, help="busy processes beside the timing")
     parser.add_argument("--memory", choices=RIVALS, help="print one rival's extra bytes and stop")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="with --memory")
     arguments = parser.parse_args()
     if arguments.memory:
         print(_own_extra_bytes(arguments.memory, arguments.n, arguments.dtype))
     else:
-        table(arguments.n)
+        table(arguments.n, arguments.load)
 
 
 if __name__ == "__main__":

@@ -8,39 +8,40 @@ Dimension letters, used in every docstring of the package:
     N rows of the global batch
 """
 
-from ._philox import philox_bits, philox_uniform
 from .attention import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
     varlen_attention,
+    varlen_attention_forward,
     varlen_attention_qkvpacked,
     varlen_attention_reference,
 )
-from .attention_interfaces import (
-    flash_attn_varlen_func,
-    flash_attn_varlen_qkvpacked_func,
-    varlen_attention_forward,
-)
 from .contrastive import (
+    ClipLoss,
+    SigLipLoss,
     contrastive_loss,
     contrastive_loss_reference,
     sigmoid_loss,
     sigmoid_loss_reference,
 )
-from .contrastive_modules import ClipLoss, SigLipLoss
 from .gelu import bias_gelu, bias_gelu_reference
 from .layer_norm import add_layer_norm, add_layer_norm_reference
 from .masking import (
+    PatchDropout,
+    PatchDropoutWithIndices,
     all_patches,
     block_patches,
     block_text,
     grid_patches,
     keep_count,
+    philox_bits,
+    philox_uniform,
     random_patches,
     random_text,
     syntax_text,
     truncate_text,
 )
 from .packing import Packed, cu_seqlens_of, pack, unpack
-from .patch_dropout import PatchDropout, PatchDropoutWithIndices
 from .patch_embed import patch_embed, patch_embed_reference
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import (
+from .check import (
     INTEGERS,
     as_int,
     describe,

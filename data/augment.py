@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipa_kernels import philox_uniform
+from clipa_kernels.masking.philox import AUGMENT_STREAM, SHAPE_STREAM
 
-AUGMENT_STREAM, SHAPE_STREAM = 2, 0xFF02
 _TRIES = 10  # as torchvision
 _FIELD = 4  # knots a side of the field that bends an image
 _COLOUR = 2 * _TRIES + 2  # first column of the colours' 16; before it sizes and places

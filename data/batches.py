@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from clipa_kernels import philox_bits
+from clipa_kernels.masking.philox import ORDER_STREAM, TURN_STREAM
 
 # Streams of the counter-based generator. Others: 2 and 0xFF02 augment.py, 4 and 0xFF01 emoji.py,
 # from 5 on shards.py.
-ORDER_STREAM, TURN_STREAM = 3, 0xFF00
 
 
 class Fault(NamedTuple):

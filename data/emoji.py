@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from clipa_kernels import philox_uniform
+from clipa_kernels.masking.philox import BLEND_STREAM, CAPTION_STREAM
 
 from .augment import Augmentation, augment, resize
 from .batches import Batch, ahead, local_slice, uniform_rows
@@ -40,7 +41,6 @@ from .drawings import VENDORS as VENDORS
 from .drawings import Drawings
 from .text import Tokenizer
 
-CAPTION_STREAM, BLEND_STREAM = 4, 0xFF01
 TRAINING_VENDORS = (0, 1)
 HELD_OUT = 191  # concepts in each held-out set
 SPLIT_SEED = 42

@@ -17,14 +17,19 @@ from .files import decoded
 from .images import decode_square
 
 
-def read_folder(root: str | Path, size: int) -> Iterator[tuple[Path, Tensor | None]]:
+def read_folder(
+    root: str | Path, size: int, *, squash: bool = False, interpolation: str = "bilinear"
+) -> Iterator[tuple[Path, Tensor | None]]:
     """(class folder, uint8 [size, size, 3] or None where it cannot be read) of each file, in order.
+
+    squash and interpolation as `decode_square`.
 
     What is hidden, a folder in a class folder, and __MACOSX are passed over.
 
     Raises:
         ValueError: root is no folder, or holds no folder.
     """
+    how = dict(squash=squash, interpolation=interpolation)
     folders = _folders(Path(root))
     if not folders:
         raise ValueError(f"evaluate: images must be a folder of class folders, got {str(root)!r}")
@@ -32,7 +37,7 @@ def read_folder(root: str | Path, size: int) -> Iterator[tuple[Path, Tensor | No
         for file in sorted(folder.iterdir()):
             if file.is_file() and _shown(file):
                 try:
-                    yield folder, decode_square(file.read_bytes(), size, squash=True)
+                    yield folder, decode_square(file.read_bytes(), size, **how)
                 except (ValueError, OSError):
                     yield folder, None
 

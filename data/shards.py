@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipa_kernels.masking.philox import WINDOW_STREAM
+
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
 from .cache import Scan, kept_scan
@@ -34,7 +36,6 @@ from .patterns import expand
 from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
-WINDOW_STREAM = 5
 _SAID = 20  # sentences of what shards lack: thousands of them would hide the rest
 _TRIES = 100  # unreadable samples in a row before a run gives up
 
@@ -310,9 +311,14 @@ def first_captions(pattern: str | Path | Sequence[str | Path], count: int = 100_
 
 
 def read_pairs(
-    pattern: str | Path | Sequence[str | Path], size: int, count: int = 10_000
+    pattern: str | Path | Sequence[str | Path],
+    size: int,
+    count: int = 10_000,
+    *,
+    squash: bool = False,
+    interpolation: str = "bilinear",
 ) -> tuple[Tensor, list[list[str]], int]:
-    """The first samples of shards for retrieval: images squashed to a side of `size` pixels.
+    """The first samples of shards for retrieval, images as `decode_square` makes them.
 
     A picture has all the captions that its .txt has lines, that its JSON lists, or that samples
     with the same image file have.
@@ -329,7 +335,7 @@ def read_pairs(
     def place_of(data: bytes) -> int:
         name = hashlib.sha256(data).digest()
         if name not in places:
-            images.append(decode_square(data, size, squash=True))
+            images.append(decode_square(data, size, squash=squash, interpolation=interpolation))
             captions.append([])
             places[name] = len(places)
         return places[name]

@@ -1,6 +1,7 @@
-"""Minimal encoders: transformer.py, vit.py, text.py, and clip.py with sizes and dialects."""
+"""Minimal encoders: transformer.py, vit.py, text.py, clip.py with the sizes, dialects.py."""
 
-from .clip import CLIP, DIALECTS, SIZES, build, configs, forward_flops, load_weights, plain_keys
+from .clip import CLIP, SIZES, build, configs, forward_flops, load_weights, plain_keys
+from .dialects import DIALECTS, Dialect
 from .text import TextConfig, TextTransformer, resize_text_positions
 from .vit import VisionConfig, VisionTransformer, resize_positions, sincos_2d
 
@@ -8,6 +9,7 @@ __all__ = [
     "CLIP",
     "DIALECTS",
     "SIZES",
+    "Dialect",
     "TextConfig",
     "TextTransformer",
     "VisionConfig",

@@ -1,6 +1,6 @@
 """CLIP in the sizes and dialects of CLIPA, with open_clip's state-dict layout.
 
-A size names widths and depths, a dialect everything else that the published recipes differ in.
+A size names widths and depths, a dialect (dialects.py) all else that the recipes differ in.
 `build("H", 14, dialect="clipa-v2")` is ViT-H-14-CLIPA as trained.
 """
 
@@ -14,14 +14,9 @@ from torch import Tensor, nn
 
 from clipa_kernels import Packed
 
+from .dialects import DIALECTS, Dialect
 from .text import TextConfig, TextTransformer, resize_text_positions
-from .vit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    VisionConfig,
-    VisionTransformer,
-    resize_positions,
-)
+from .vit import VisionConfig, VisionTransformer, resize_positions
 
 # width, depth, heads, MLP ratio of the image encoder; width, depth, heads of the text encoder; E.
 SIZES: dict[str, tuple[tuple[int, int, int, float], tuple[int, int, int], int]] = {
@@ -34,38 +29,6 @@ SIZES: dict[str, tuple[tuple[int, int, int, float], tuple[int, int, int], int]] 
     "H": ((1280, 32, 16, 4.0), (1024, 24, 16), 1024),
     "g": ((1408, 40, 16, 4.3637), (1024, 24, 16), 1024),
     "bigG": ((1664, 48, 16, 4.9231), (1280, 32, 20), 1280),
-}
-PATCH_SIZES = (8, 14, 16, 32)
-
-_CLIPA_V2 = {
-    "vision": dict(
-        pool="mean",
-        norm_after_pool=True,
-        ln_pre=False,
-        positions="sincos-moco",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-    ),
-    "text": dict(causal=False, pool="last", context=32, vocab_size=32000),
-}
-# What a recipe fixes beside the sizes. "both" goes to both encoders; init is "torch" or "jax".
-DIALECTS: dict[str, dict] = {
-    "openai": {"both": dict(gelu="quick", eps=1e-5), "init": "torch"},
-    "open_clip": {"both": dict(gelu="none", eps=1e-5), "init": "torch"},
-    "clipa-v1": {
-        "both": dict(gelu="none", eps=1e-5),
-        "vision": dict(positions="sincos-mae", norm_after_pool=True),
-        "text": dict(context=32),
-        "init": "torch",
-    },
-    "clipa-v2": {"both": dict(gelu="tanh", eps=1e-6), **_CLIPA_V2, "init": "jax"},
-    # The same weights as open_clip runs them: exact GELU, eps 1e-5, a learnable position table.
-    "clipa-v2-open_clip": {
-        "both": dict(gelu="none", eps=1e-5),
-        **_CLIPA_V2,
-        "vision": {**_CLIPA_V2["vision"], "positions": "learnable"},
-        "init": "torch",
-    },
 }
 
 
@@ -82,19 +45,19 @@ class CLIP(TextTransformer):
         text: TextConfig,
         embed_dim: int,
         *,
-        init: str = "torch",
+        dialect: Dialect = DIALECTS["open_clip"],
         logit_scale: float = 1 / 0.07,
         logit_bias: float | None = None,
         impl: str = "auto",
     ):
         super().__init__(text, embed_dim, impl)
-        self.embed_dim = embed_dim
+        self.embed_dim, self.dialect = embed_dim, dialect
         self.visual = VisionTransformer(vision, embed_dim, impl)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         self.logit_bias = None
         if logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)))
-        initialise(self, init)
+        initialise(self, dialect.init)
 
     def encode_image(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """images [B, 3, S, S], keep [B, K] or None -> features [B, E], not normalised."""
@@ -131,10 +94,32 @@ def configs(
         raise ValueError(f"configs: dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
     (width, depth, heads, ratio), (text_width, text_depth, text_heads), embed_dim = SIZES[size]
     chosen = DIALECTS[dialect]
-    vision = VisionConfig(width, depth, heads, ratio, patch_size, patch_size * 16)
-    vision = replace(vision, **chosen["both"], **chosen.get("vision", {}))
-    text = TextConfig(text_width, text_depth, text_heads)
-    text = replace(text, **chosen["both"], **chosen.get("text", {}))
+    both = dict(gelu=chosen.gelu, eps=chosen.eps)
+    vision = VisionConfig(
+        width,
+        depth,
+        heads,
+        ratio,
+        patch_size,
+        image_size=patch_size * 16,
+        pool=chosen.pool,
+        norm_after_pool=chosen.norm_after_pool,
+        ln_pre=chosen.ln_pre,
+        positions=chosen.positions,
+        mean=chosen.mean,
+        std=chosen.std,
+        **both,
+    )
+    text = TextConfig(
+        text_width,
+        text_depth,
+        text_heads,
+        context=chosen.context,
+        vocab_size=chosen.vocab_size,
+        causal=chosen.causal,
+        pool=chosen.text_pool,
+        **both,
+    )
     return vision, text, embed_dim
 
 
@@ -160,7 +145,7 @@ def build(
         replace(vision_config, **(vision or {})),
         replace(text_config, **(text or {})),
         embed_dim,
-        init=DIALECTS[dialect]["init"],
+        dialect=DIALECTS[dialect],
         logit_scale=logit_scale,
         logit_bias=logit_bias,
         impl=impl,

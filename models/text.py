@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipa_kernels import Packed
-from clipa_kernels._check import autocast_dtype, readable
+from clipa_kernels.check import autocast_dtype, readable
 
 from .transformer import Transformer, norm
 

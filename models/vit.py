@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from clipa_kernels import patch_embed
 
+from .dialects import CLIP_MEAN, CLIP_STD
 from .transformer import Transformer, norm
 
 POOLS = ("cls", "mean", "mean-with-cls")
 POSITIONS = ("learnable", "sincos-mae", "sincos-moco")
-# Channel means and deviations where white is 1: OpenAI CLIP's data, and ImageNet (CLIPA).
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ except ImportError:  # torch 2.8
     varlen_attn = None
 
 from clipa_kernels import (
-    _attention_rivals,
     cu_seqlens_of,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
@@ -25,6 +24,7 @@ from clipa_kernels import (
     varlen_attention_qkvpacked,
     varlen_attention_reference,
 )
+from clipa_kernels.attention import rivals
 
 LENGTHS = [3, 0, 9, 5]
 
@@ -361,7 +361,7 @@ def test_what_rivals_are_called_with(qkv, impl, causal, monkeypatch):
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
     q, k, v = qkv.unbind(1)
-    call = getattr(_attention_rivals, impl)
+    call = getattr(rivals, impl)
     out = call(q, k, v, cu_seqlens_of(LENGTHS), max(LENGTHS), causal, 0.3)
     how = dict(causal=causal, scale=0.3)
     expected = varlen_attention_reference(q, k, v, cu_seqlens_of(LENGTHS), 9, **how)
@@ -371,7 +371,7 @@ def test_what_rivals_are_called_with(qkv, impl, causal, monkeypatch):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("impl", ["varlen_attn", "flash_attn", "xformers"])
 def test_rivals_match_the_reference(qkv, impl, causal):
-    if find_spec(_attention_rivals.PACKAGES[impl]) is None:
+    if find_spec(rivals.PACKAGES[impl]) is None:
         pytest.skip(f"{impl} is not installed")
     if not torch.cuda.is_available():
         pytest.skip(f"{impl} has no CPU implementation")

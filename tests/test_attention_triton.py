@@ -127,7 +127,7 @@ def test_cu_seqlens_of_any_stride(lengths):
 @pytest.mark.parametrize(("lengths", "longest"), [([20, 9, 3], 16), ([90, 70, 5], 66)], ids=str)
 def test_tokens_past_max_seqlen_are_left_out(lengths, longest):
     """Where cu_seqlens lies on a GPU nothing checks it: no row of a neighbour is read."""
-    from clipa_kernels._triton import attention
+    from clipa_kernels.attention import kernels as attention
 
     q, k, v = inputs(lengths)["qkv"].unbind(1)
     out = attention.forward(q, k, v, cu_seqlens_of(lengths), longest, False, 0.25)
@@ -270,7 +270,7 @@ def test_compiles_in_one_graph_for_any_number_of_tokens():
 
 def test_rows_far_apart_are_copied():
     """Where a sequence's last row is 2^31 elements from its first; 32 bits reach no further."""
-    tiles = pytest.importorskip("clipa_kernels._triton.attention_tiles")
+    tiles = pytest.importorskip("clipa_kernels.attention.kernels_tiles")
     for stride, copied in ((2**25, False), (2**26, True)):
         apart = torch.empty(40, 1, 16, device="meta").as_strided((40, 1, 16), (stride, 16, 1))
         assert (tiles.within_reach(apart, 40) is not apart) == copied

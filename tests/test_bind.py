@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from clipa_kernels import (
-    _contrastive_ops,
     add_layer_norm,
     bias_gelu,
     block_patches,
@@ -35,6 +34,7 @@ from clipa_kernels import (
     varlen_attention,
     varlen_attention_qkvpacked,
 )
+from clipa_kernels.contrastive import ops
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -122,10 +122,10 @@ def group_calls() -> Calls:
 def group_pass(m: int, n: int, dtype: torch.dtype, first: int) -> None:
     x, y, scale = torch.zeros(m, 32, dtype=dtype), torch.zeros(n, 32, dtype=dtype), torch.ones(())
     pairs = first, 0, m
-    rows, cols = _contrastive_ops.contrastive_stats(x, y, scale, *pairs, True)
+    rows, cols = ops.contrastive_stats(x, y, scale, *pairs, True)
     stats, every = (rows, cols, scale.new_empty(0), scale), [True, True, True]
-    _contrastive_ops.contrastive_grads(x, y, scale, *stats, *pairs, every, True, True)
-    _contrastive_ops.sigmoid_loss(x, y, scale, scale, [*every, True], *pairs, True)
+    ops.contrastive_grads(x, y, scale, *stats, *pairs, every, True, True)
+    ops.sigmoid_loss(x, y, scale, scale, [*every, True], *pairs, True)
 
 
 def mask_calls() -> Calls:
@@ -182,15 +182,13 @@ CALLS = {
 
 def launchers() -> dict[str, Callable[[], object]]:
     """Each launcher, on tensors of cuda:1."""
-    from clipa_kernels._triton import (
-        attention,
-        contrastive,
-        contrastive_grads,
-        gelu,
-        layer_norm,
-        masking,
-        patch_embed,
-    )
+    from clipa_kernels.attention import kernels as attention
+    from clipa_kernels.contrastive import kernels as contrastive
+    from clipa_kernels.contrastive import kernels_grads as contrastive_grads
+    from clipa_kernels.gelu import kernels as gelu
+    from clipa_kernels.layer_norm import kernels as layer_norm
+    from clipa_kernels.masking import kernels as masking
+    from clipa_kernels.patch_embed import kernels as patch_embed
 
     with torch.device("cuda:1") as device:
         x, row, one = torch.empty(16, 16), torch.empty(16), torch.empty(())

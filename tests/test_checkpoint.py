@@ -1,6 +1,5 @@
 """Checkpoints: exact resume, kills and damage, what is kept and refused, open_clip's reading."""
 
-import dataclasses
 import math
 import os
 import random
@@ -9,17 +8,16 @@ import signal
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from configs import changed
 from torch import nn
 
 from training import checkpoint
 from training.checkpoint import (
-    StopSignal,
     check_matches,
     checkpoints,
     latest,
@@ -32,12 +30,23 @@ from training.checkpoint import (
     set_rng_state,
     weights,
 )
-from training.config import Config
+from training.config import Config, Stage, flat
 from training.distributed import World
-from training.optim import adamw
+from training.optim import adamw, set_learning_rate
+from training.run import StopSignal
 
 ROOT = Path(__file__).parent.parent
-CONFIG = Config(lr=0.1, steps=10, model="demo", dialect="openai", patch_size=8, vocab_size=2000)
+CONFIG = changed(
+    Config(stages={"short": Stage(lr=0.1, steps=10), "full": Stage(steps=2)}),
+    model__size="demo",
+    model__dialect="openai",
+)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = adamw(model, CONFIG)
+    set_learning_rate(optimizer, 0, CONFIG.stages["short"])
+    return optimizer
 
 
 def build(seed: int = 0) -> nn.Module:
@@ -48,7 +57,7 @@ def build(seed: int = 0) -> nn.Module:
 def state_at(step: int, stage: str = "short", **more: object) -> dict:
     """A small state that says which step it is of."""
     model = build(seed=step)
-    return pack_state(model, adamw(model, CONFIG), replace(CONFIG, stage=stage), step=step, **more)
+    return pack_state(model, adam(model), CONFIG, stage, step=step, **more)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -76,9 +85,11 @@ def names(folder: Path) -> list[str]:
 
 def test_resume_repeats_the_losses(tmp_path):
     model = build()
-    optimizer = adamw(model, CONFIG)
+    optimizer = adam(model)
     train(model, optimizer, 3)
-    packed = pack_state(model, optimizer, CONFIG, step=3, tokenizer="{}", metrics={"top1": [0.5]})
+    packed = pack_state(
+        model, optimizer, CONFIG, "short", step=3, tokenizer="{}", metrics={"top1": [0.5]}
+    )
     save(tmp_path, packed, 3)
     expected = train(model, optimizer, 4)
 
@@ -86,7 +97,7 @@ def test_resume_repeats_the_losses(tmp_path):
     assert (state["step"], state["stage"], state["tokenizer"]) == (3, "short", "{}")
     assert state["metrics"] == {"top1": [0.5]}
     other = build(seed=9)
-    optimizer = adamw(other, CONFIG)
+    optimizer = adam(other)
     assert restore(state, other, optimizer) == 3
     assert train(other, optimizer, 4) == expected
 
@@ -100,7 +111,7 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_broken_newest_is_skipped_with_a_warning(how, tmp_path):
     save(tmp_path, state_at(1), 1)
     damage(save(tmp_path, state_at(2), 2), how)
-    with pytest.warns(UserWarning, match=r"short-00000002\.pt must be a whole checkpoint, got"):
+    with pytest.warns(UserWarning, match=r"1-short-00000002\.pt must be a whole checkpoint, got"):
         assert latest(tmp_path)["step"] == 1
 
 
@@ -117,19 +128,19 @@ def test_all_broken_does_not_start_over(tmp_path):
 def test_keeps_the_last_of_each_stage(tmp_path):
     for step in range(1, 5):
         save(tmp_path, state_at(step), step, keep=2)
-    assert names(tmp_path) == ["short-00000003.pt", "short-00000004.pt"]
+    assert names(tmp_path) == ["1-short-00000003.pt", "1-short-00000004.pt"]
     save(tmp_path, state_at(1, "full"), 1, keep=2)
-    assert names(tmp_path) == ["short-00000004.pt", "full-00000001.pt"]
+    assert names(tmp_path) == ["1-short-00000004.pt", "2-full-00000001.pt"]
     assert latest(tmp_path)["stage"] == "full"
 
 
 def test_broken_ones_do_not_push_out_good_ones(tmp_path):
     save(tmp_path, state_at(1), 1, keep=1)
-    good = (tmp_path / "short-00000001.pt").read_bytes()
+    good = (tmp_path / "1-short-00000001.pt").read_bytes()
     damage(save(tmp_path, state_at(2), 2, keep=2), "half")
     save(tmp_path, state_at(3), 3, keep=2)
-    assert names(tmp_path) == ["short-00000001.pt", "short-00000003.pt"]
-    assert (tmp_path / "short-00000001.pt").read_bytes() == good
+    assert names(tmp_path) == ["1-short-00000001.pt", "1-short-00000003.pt"]
+    assert (tmp_path / "1-short-00000001.pt").read_bytes() == good
 
 
 def test_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -140,9 +151,11 @@ def test_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(RuntimeError, match=r"short-00000002\.pt must be writable, got .* No space"):
+    with pytest.raises(
+        RuntimeError, match=r"1-short-00000002\.pt must be writable, got .* No space"
+    ):
         save(tmp_path, state_at(2), 2, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["short-00000001.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["1-short-00000001.pt"]
 
 
 def test_save_refuses(tmp_path):
@@ -154,21 +167,21 @@ def test_save_refuses(tmp_path):
 
 
 def test_what_is_not_finite_is_not_written(tmp_path):
-    config = replace(CONFIG, output=str(tmp_path))
+    where = (str(tmp_path), "short")
     model = build()
-    optimizer = adamw(model, config)
+    optimizer = adam(model)
     train(model, optimizer, 2)
-    checkpoint.check_finite(model, optimizer, config, 2)
+    checkpoint.check_finite(model, optimizer, *where, 2)
     model[0].weight.data[1, 2] = math.nan
     with pytest.raises(RuntimeError, match=r"in 0\.weight at step 3 of .* no checkpoint was"):
-        checkpoint.check_finite(model, optimizer, config, 3)
+        checkpoint.check_finite(model, optimizer, *where, 3)
     good = save(tmp_path, state_at(2), 2)
     with pytest.raises(RuntimeError, match=rf"the last good checkpoint is {good}"):
-        checkpoint.check_finite(model, optimizer, config, 3)
+        checkpoint.check_finite(model, optimizer, *where, 3)
     model[0].weight.data[1, 2] = 0.0
     optimizer.state[model[2].bias]["exp_avg_sq"][0] = math.inf
     with pytest.raises(RuntimeError, match=r"in exp_avg_sq of 2\.bias at step 3"):
-        checkpoint.check_finite(torch.compile(model), optimizer, config, 3)
+        checkpoint.check_finite(torch.compile(model), optimizer, *where, 3)
 
 
 def test_newest_with_nan_is_skipped_with_a_warning(tmp_path):
@@ -184,11 +197,11 @@ def test_newest_with_nan_is_skipped_with_a_warning(tmp_path):
 
 def test_newest_with_nan_in_a_moment_is_skipped_too(tmp_path):
     model = build()
-    optimizer = adamw(model, CONFIG)
+    optimizer = adam(model)
     train(model, optimizer, 2)
-    save(tmp_path, pack_state(model, optimizer, CONFIG, step=2), 2)
+    save(tmp_path, pack_state(model, optimizer, CONFIG, "short", step=2), 2)
     optimizer.state[model[2].bias]["exp_avg"][0] = math.nan
-    path = save(tmp_path, pack_state(model, optimizer, CONFIG, step=3), 3)
+    path = save(tmp_path, pack_state(model, optimizer, CONFIG, "short", step=3), 3)
     with pytest.raises(RuntimeError, match=r"must hold finite tensors, got another as exp_avg of"):
         load(path)
     with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
@@ -197,62 +210,59 @@ def test_newest_with_nan_in_a_moment_is_skipped_too(tmp_path):
 
 def run_that_wrote(folder: Path, **change: object) -> Config:
     """The Config of a run, whose folder holds its checkpoint."""
-    config = replace(CONFIG, output=str(folder), finetune_steps=2, **change)
+    config = changed(CONFIG, run__output=str(folder), **change)
     model = build()
-    metrics = {"config": dataclasses.asdict(config)}
-    save(folder, pack_state(model, adamw(model, config), config, step=5, metrics=metrics), 5)
+    save(folder, pack_state(model, adam(model), config, "short", step=5), 5)
     return config
 
 
 CHANGES_NOTHING = {
-    "preset": "clipa-v1-b16", "workers": 3, "accumulate": 2, "finetune_accumulate": 4,
-    "eval_images": "right", "eval_shards": "right.tar", "device": "cpu", "compile": True,
-    "impl": "torch", "threads": 2, "save_every": 7, "keep_checkpoints": 3, "log_every": 9,
+    "preset": "clipa-v1-b16", "data__workers": 3, "stages__short__accumulate": 2,
+    "stages__full__accumulate": 4, "run__eval_images": "right", "run__eval_shards": "right.tar",
+    "run__device": "cpu", "run__compile": True, "run__impl": "torch", "run__threads": 2,
+    "run__save_every": 7, "run__keep_checkpoints": 3, "run__log_every": 9,
 }  # fmt: skip
 CHANGES_TRAINING = {
-    "lr": 0.2, "steps": 11, "batch_size": 64, "seed": 1, "precision": "bf16", "data": "b.tar",
-    "finetune_context": 8, "weight_decay": 0.3,
+    "stages__short__lr": 0.2, "stages__short__steps": 11, "stages__short__batch_size": 64,
+    "run__seed": 1, "run__precision": "bf16", "data__source": "b.tar", "augment__rotate": 3.0,
+    "stages__full__context": 8, "optim__weight_decay": 0.3, "stages__high": Stage(),
 }  # fmt: skip
 
 
 def test_flags_that_change_no_training_do_not_stop_a_resume(tmp_path):
-    config = run_that_wrote(tmp_path, eval_images="wrong")
+    config = run_that_wrote(tmp_path, run__eval_images="wrong")
     world = World(0, 0, 1, torch.device("cpu"))
-    assert checkpoint.find(replace(config, **CHANGES_NOTHING), world)["step"] == 5
+    assert checkpoint.find(changed(config, **CHANGES_NOTHING), world)["step"] == 5
     for field, value in CHANGES_TRAINING.items():
-        with pytest.raises(ValueError, match=f"would change {field} "):
-            checkpoint.find(replace(config, **{field: value}), world)
-    assert {*CHANGES_NOTHING, "output", "resume"} == checkpoint._FREE
-
-
-def test_a_checkpoint_without_a_runs_metrics_is_resumed(tmp_path):
-    save(tmp_path, state_at(5), 5)
-    world = World(0, 0, 1, torch.device("cpu"))
-    assert checkpoint.find(replace(CONFIG, output=str(tmp_path)), world)["metrics"] == {}
+        with pytest.raises(ValueError, match=f"would change {field.replace('__', '.')}"):
+            checkpoint.find(changed(config, **{field: value}), world)
+    free = {name for name in flat(config) if checkpoint._FREE.fullmatch(name)}
+    asked = {name.replace("__", ".") for name in CHANGES_NOTHING}
+    assert free == {*asked, "config", "run.output", "run.resume"}
 
 
 @pytest.mark.parametrize("key", ["optimizer", "rng"])
 def test_restore_refuses_what_others_wrote(key):
     model = build()
     with pytest.raises(ValueError, match="its optimizer and rng must be this run's, got KeyError"):
-        restore(state_at(1) | {key: {}}, model, adamw(model, CONFIG))
+        restore(state_at(1) | {key: {}}, model, adam(model))
 
 
 def test_restore_refuses_moments_of_another_shape():
     model = build()
-    optimizer = adamw(model, CONFIG)
+    optimizer = adam(model)
     train(model, optimizer, 2)
-    state = pack_state(model, optimizer, CONFIG, step=2)
+    state = pack_state(model, optimizer, CONFIG, "short", step=2)
     state["optimizer"]["state"][0]["exp_avg"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"exp_avg must have shape \(.*\), got \(3,\)"):
-        restore(state, build(), adamw(model, CONFIG))
+        restore(state, build(), adam(model))
 
 
 KILLED = """
 import io, sys, time, torch
 from training.checkpoint import save
 state = {"state_dict": {"weight": torch.ones(1000)}, "optimizer": {}, "stage": "short", "step": 1}
-state |= {"config": "{}", "rng": {}}
+state |= {"config": "{}", "rng": {}, "epoch": 0}
 save(sys.argv[1], state, 1, keep=1)
 write = torch.save
 def half(state, file):
@@ -334,23 +344,23 @@ def test_prefixes_of_wrappers_are_stripped(prefix):
 
 def test_compiled_model_is_saved_without_prefix():
     model = build()
-    packed = pack_state(torch.compile(model), adamw(model, CONFIG), CONFIG, step=0)
+    packed = pack_state(torch.compile(model), adam(model), CONFIG, "short", step=0)
     assert packed["state_dict"].keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model": "B"}, "model must be 'B' as in this run, got 'demo'"),
-        ({"dialect": "clipa-v2"}, "dialect must be 'clipa-v2' .* got 'openai'"),
-        ({"patch_size": 4}, "patch_size must be 4 .* got 8"),
-        ({"vocab_size": 9}, "vocab_size must be 9 .* got 2000"),
+        ({"model__size": "B"}, "model.size must be 'B' as in this run, got 'demo'"),
+        ({"model__dialect": "clipa-v2"}, "dialect must be 'clipa-v2' .* got 'openai'"),
+        ({"model__patch_size": 4}, "patch_size must be 4 .* got 8"),
+        ({"data__vocab_size": 9}, "vocab_size must be 9 .* got 2000"),
     ],
     ids=["size", "dialect", "patch", "vocabulary"],
 )
 def test_checkpoint_of_another_model_by_config(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check_matches(state_at(1), replace(CONFIG, **change))
+        check_matches(state_at(1), changed(CONFIG, **change))
 
 
 def test_checkpoint_of_another_model_by_its_tensors():
@@ -371,7 +381,7 @@ def test_checkpoint_of_another_stage():
     with pytest.raises(ValueError, match="stage must be short, got 'full'"):
         check_matches(state, CONFIG, stage="short")
     with pytest.raises(ValueError, match="stage must be short, got 'full'"):
-        check_matches(state, replace(CONFIG, finetune_steps=0))
+        check_matches(state, changed(CONFIG, stages__full__steps=0))
 
 
 def test_rng_state_covers_python_numpy_and_torch(tmp_path):
@@ -384,13 +394,13 @@ def test_rng_state_covers_python_numpy_and_torch(tmp_path):
 def test_set_aside_moves_the_abandoned_run(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         save(tmp_path, state_at(step), step, keep=3)
-    assert set_aside(tmp_path, after=tmp_path / "short-00000003.pt") is None
+    assert set_aside(tmp_path, after=tmp_path / "1-short-00000003.pt") is None
     monkeypatch.chdir(tmp_path)
-    moved = set_aside(tmp_path, after="short-00000001.pt")  # the same file by another path
-    assert names(tmp_path) == ["short-00000001.pt"]
-    assert names(moved) == ["short-00000002.pt", "short-00000003.pt"]
+    moved = set_aside(tmp_path, after="1-short-00000001.pt")  # the same file by another path
+    assert names(tmp_path) == ["1-short-00000001.pt"]
+    assert names(moved) == ["1-short-00000002.pt", "1-short-00000003.pt"]
     again = set_aside(tmp_path)
-    assert again != moved and names(again) == ["short-00000001.pt"] and latest(tmp_path) is None
+    assert again != moved and names(again) == ["1-short-00000001.pt"] and latest(tmp_path) is None
     assert set_aside(tmp_path) is None
 
 
@@ -405,7 +415,7 @@ def test_open_clip_reads_the_weights(tmp_path):
         return CLIP(16, vision, text)
 
     ours, theirs = tiny(0), tiny(1)
-    path = save(tmp_path, pack_state(ours, adamw(ours, CONFIG), CONFIG, step=1), 1)
+    path = save(tmp_path, pack_state(ours, adam(ours), CONFIG, "short", step=1), 1)
     open_clip.load_checkpoint(theirs, str(path))
     for name, tensor in ours.state_dict().items():
         assert torch.equal(theirs.state_dict()[name], tensor), name
@@ -430,9 +440,9 @@ def test_second_interrupt_interrupts():
 
 
 def test_file_names_sort_by_stage_then_step(tmp_path):
-    for name in ("full-00000001.pt", "short-00000020.pt", "short-00000003.pt", "x.pt"):
+    for name in ("2-full-00000001.pt", "1-short-00000020.pt", "10-a_b-00000001.pt",
+                 "1-short-00000003.pt", "x.pt", "short-00000001.pt"):  # fmt: skip
         (tmp_path / name).write_text("")
-    assert [re.sub("0+", "", name) for name in names(tmp_path)] == [
-        "short-3.pt", "short-2.pt", "full-1.pt",
+    assert [re.sub("0{2,}", "", name) for name in names(tmp_path)] == [
+        "1-short-3.pt", "1-short-20.pt", "2-full-1.pt", "10-a_b-1.pt",
     ]  # fmt: skip
-    assert checkpoint.STAGES == ("short", "full")

@@ -13,13 +13,13 @@ from tolerance import check_close, check_op
 from clipa_kernels import (
     ClipLoss,
     SigLipLoss,
-    _contrastive_ops,
-    _strips,
     contrastive_loss,
     contrastive_loss_reference,
     sigmoid_loss,
     sigmoid_loss_reference,
 )
+from clipa_kernels.contrastive import ops as _contrastive_ops
+from clipa_kernels.contrastive import plain as _strips
 
 LOSSES = {
     "contrastive": (contrastive_loss, contrastive_loss_reference),
@@ -111,37 +111,25 @@ def test_bf16_loss_at_scale_100_is_right_to_1e_4(kind):
     assert abs(loss.item() - exact.item()) <= 1e-4 * exact.item()
 
 
-@pytest.mark.parametrize("n", [5, 19], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("n", [5, 19], ids=["one strip", "strips"])
 @pytest.mark.parametrize("scale", [3.0, 80.0])
 @both_losses
 def test_gradcheck(loss, reference, n, scale, monkeypatch):
-    monkeypatch.setattr(_strips, "_CPU_TILE", (16, 16))
+    monkeypatch.setattr(_strips, "_CPU_STRIP", 16 * 16)
     values = leaves(n, 3, scale, dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, values)
 
 
-@pytest.mark.parametrize("tile", [(16, 16), (16, 48), (64, 16)], ids=str)
+@pytest.mark.parametrize("height", [1, 16, 48, 64])
 @both_losses
-def test_tiles_of_any_shape_agree(loss, reference, tile, monkeypatch):
+def test_strips_of_any_height_agree(loss, reference, height, monkeypatch):
     values = leaves(83, 24, 60.0, dtype=torch.float64)
     with torch.no_grad():
         values[0][11:15] *= 40
     whole = gradients(reference, values)
-    monkeypatch.setattr(_strips, "_CPU_TILE", tile)
+    monkeypatch.setattr(_strips, "_CPU_STRIP", height * 83)
     for mine, true in zip(gradients(loss, values), whole, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-11)
-
-
-@both_losses
-def test_logits_without_cpu_shortcuts(loss, reference, monkeypatch):
-    """The way of other devices: no shift is chosen by looking at values."""
-    values = leaves(50, 16, dtype=torch.float64)
-    expected = gradients(loss, values)
-    monkeypatch.setattr(_strips, "_needs_no_shift", lambda tile: False)
-    monkeypatch.setattr(_strips, "_SAFE_EXP_LOGIT", -torch.inf)
-    monkeypatch.setattr(_strips, "_CPU_TILE", (16, 32))
-    for mine, other in zip(gradients(loss, values), expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
 
 
 def test_a_nearly_sure_pair_keeps_its_digits():
@@ -240,9 +228,9 @@ def test_products_made(loss, frozen, forward, both, monkeypatch):
     n, e, count = 512, 32, [0]
     plain = _strips._matmul
 
-    def counting(a, b):
+    def counting(a, b, **into):
         count[0] += a.shape[0] * a.shape[1] * b.shape[1]
-        return plain(a, b)
+        return plain(a, b, **into)
 
     monkeypatch.setattr(_strips, "_matmul", counting)
     image, text, scale, _ = leaves(n, e)
@@ -273,14 +261,15 @@ def peak_bytes(function):
 
 
 @both_losses
-def test_no_n_by_n_exists(loss, reference):
+def test_no_n_by_n_exists(loss, reference, monkeypatch):
+    monkeypatch.setattr(_strips, "_CPU_STRIP", 384**2)
     n, e = 3072, 32
     image, text, scale, bias = leaves(n, e)
     logits = n * n * 4
     assert peak_bytes(lambda: reference(image, text, scale, bias).backward()) > 2 * logits
     image.grad = text.grad = None
     peak = peak_bytes(lambda: loss(image, text, scale, bias).backward())
-    # Both gradients and copies of both features (8 n e floats at most), and a few tiles.
+    # Both gradients and copies of both features (8 n e floats at most), and a few strips.
     assert peak <= 32 * n * e + 5 * 4 * 384**2 < logits / 4
 
 
@@ -352,7 +341,6 @@ def test_operators_pass_opcheck():
     rows, cols = ops.contrastive_stats(*wide, scale, *pairs, False)
     checked = {
         ops.contrastive_loss: (image, text, scale, False),
-        ops.contrastive_loss_one_tile: (image, text, scale, [True, False, True]),
         ops.sigmoid_loss: (*wide, scale, bias, [True, True, False, True], *pairs, False),
         ops.contrastive_stats: (*(t.detach() for t in (*wide, scale)), *pairs, False),
         ops.contrastive_grads: (
@@ -521,7 +509,7 @@ def test_a_world_without_a_group(module):
 
 def test_examples():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
-    module = importlib.import_module("clipa_kernels.contrastive")
+    module = importlib.import_module("clipa_kernels.contrastive.api")
     for test in finder.find(module, extraglobs={"torch": torch}):
         runner.run(test)
     assert runner.summarize() == (0, 6)

@@ -8,7 +8,7 @@ from machine_code import OWN_CORES, check_rows, cores, machine_code, spills_noth
 from bench.meters.counted import counted
 from clipa_kernels import contrastive_loss, sigmoid_loss
 
-grads = pytest.importorskip("clipa_kernels._triton.contrastive_grads")
+grads = pytest.importorskip("clipa_kernels.contrastive.kernels_grads")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp2 and log2
 LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
 

@@ -14,11 +14,10 @@ from bench.meters.wire import wire_bytes
 from clipa_kernels import (
     ClipLoss,
     SigLipLoss,
-    _distributed,
-    _strips,
     contrastive_loss,
     sigmoid_loss,
 )
+from clipa_kernels.contrastive import distributed, plain
 
 FUNCTIONS = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
 
@@ -250,8 +249,8 @@ def work(rank, size, store):
             group = dist.new_group(members)
             if rank in members:
                 check_against_one_process(group, 3)
-    _strips._CPU_TILE = (16, 16)
-    _distributed._CHUNK_ROWS = 10  # three chunks
+    plain._CPU_STRIP = 16 * 16
+    distributed._CHUNK_ROWS = 10  # three chunks
     check_against_one_process(dist.group.WORLD, 37, kernels=True)
     check_options(dist.group.WORLD, 31)
     dist.barrier()

@@ -13,12 +13,12 @@ from clipa_kernels import (
     sigmoid_loss,
     sigmoid_loss_reference,
 )
-from clipa_kernels._contrastive_ops import contrastive_grads
-from clipa_kernels._contrastive_ops import contrastive_loss as contrastive_op
-from clipa_kernels._contrastive_ops import sigmoid_loss as sigmoid_op
+from clipa_kernels.contrastive.ops import contrastive_grads
+from clipa_kernels.contrastive.ops import contrastive_loss as contrastive_op
+from clipa_kernels.contrastive.ops import sigmoid_loss as sigmoid_op
 
-contrastive = pytest.importorskip("clipa_kernels._triton.contrastive")
-contrastive_grads_file = pytest.importorskip("clipa_kernels._triton.contrastive_grads")
+contrastive = pytest.importorskip("clipa_kernels.contrastive.kernels")
+contrastive_grads_file = pytest.importorskip("clipa_kernels.contrastive.kernels_grads")
 
 LOSSES = {
     "contrastive": (contrastive_loss, contrastive_loss_reference),

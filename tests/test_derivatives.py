@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from clipa_kernels import (
-    _attention_rivals,
-    _strips,
     add_layer_norm,
     bias_gelu,
     contrastive_loss,
@@ -20,6 +18,8 @@ from clipa_kernels import (
     varlen_attention,
     varlen_attention_qkvpacked,
 )
+from clipa_kernels.attention import rivals
+from clipa_kernels.contrastive import plain
 
 RAGGED, EQUAL = cu_seqlens_of([3, 0, 4, 5]), cu_seqlens_of([4, 4, 4])
 KEEP = torch.tensor([[0, 3], [2, 1]])
@@ -86,7 +86,7 @@ CAN = [
 @pytest.fixture
 def tiles(request, monkeypatch):
     if "strips" in request.node.name:
-        monkeypatch.setattr(_strips, "_CPU_TILE", (4, 4))
+        monkeypatch.setattr(plain, "_CPU_STRIP", 16)
 
 
 def penalised(function, tensors, wanted):
@@ -188,7 +188,7 @@ def test_packages_that_drop_second_derivatives():
             return k * v, q * v, q * k
 
     leaves = [t.clone().requires_grad_() for t in QKV]
-    for inputs in (leaves, _attention_rivals.differentiated_once(*leaves)):
+    for inputs in (leaves, rivals.differentiated_once(*leaves)):
         total = Foreign.apply(*inputs).sum()
         first = torch.autograd.grad(total, leaves, create_graph=True)
         assert torch.equal(first[0], QKV[1] * QKV[2])

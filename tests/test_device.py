@@ -17,7 +17,7 @@ from clipa_kernels import (
 from clipa_kernels.packing import Packed
 from models import build
 
-grads = pytest.importorskip("clipa_kernels._triton.contrastive_grads")
+grads = pytest.importorskip("clipa_kernels.contrastive.kernels_grads")
 MASKS = {
     "random": lambda **key: random_patches(4, (4, 4), 0.5, **key),
     "grid": lambda **key: grid_patches(4, (4, 4), **key),

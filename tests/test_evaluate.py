@@ -7,20 +7,29 @@ import re
 import sys
 import tarfile
 import warnings
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from configs import changed
 from PIL import Image
 
 import evaluate
 from data.text import Tokenizer, train_wordpiece
-from evaluate import Encoder, classification, evaluate_folder, evaluate_shards, retrieval, table
 from models import build
 from training import checkpoint
+from training.build import build_model
 from training.config import preset
+from training.evaluation import (
+    PHOTO_PROMPTS,
+    Encoder,
+    classification,
+    evaluate_folder,
+    evaluate_shards,
+    retrieval,
+    table,
+)
 from training.optim import adamw
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "dark_grey": (40, 40, 40)}
@@ -107,7 +116,7 @@ def test_a_folder_of_class_folders(encoder, tmp_path):
     pixels = torch.stack(
         [torch.tensor(COLOURS[n.replace(" ", "_")]).expand(4, 4, 3) for n in names]
     ).to(torch.uint8)
-    classes = encoder.classes(names, evaluate.PHOTO_PROMPTS)
+    classes = encoder.classes(names, PHOTO_PROMPTS)
     best = (encoder.images(pixels) @ classes.T).argmax(1)
     assert figures["top1"] == pytest.approx((best == torch.arange(4)).double().mean().item())
     (tmp_path / "classes.txt").write_text("red crimson thing\n")
@@ -322,11 +331,11 @@ def test_folder_names_in_other_bytes(encoder, tmp_path):
 
 def test_the_program_on_a_folder(encoder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    config = replace(preset("emoji"), impl="triton")  # of a machine with a GPU; here is none
-    model = evaluate.build_model(config)
+    config = changed(preset("emoji"), run__impl="triton")  # of a machine with a GPU; here is none
+    model = build_model(config, "full")
     run = tmp_path / "run"
     state = checkpoint.pack_state(
-        model, adamw(model, config), config, step=1, tokenizer=encoder.tokenizer.to_json()
+        model, adamw(model, config), config, "full", step=1, tokenizer=encoder.tokenizer.to_json()
     )
     checkpoint.save(run, state, 1)
     (tmp_path / "set" / "red").mkdir(parents=True)
@@ -364,6 +373,6 @@ def test_bad_folders_are_named(encoder, tmp_path):
     with pytest.raises(ValueError, match="must name files that are there"):
         evaluate_shards(encoder, str(tmp_path / "none.tar"))
     config = preset("emoji")
-    came = f"must hold the tokenizer's 9000 entries, got {config.vocab_size}"
+    came = f"must hold the tokenizer's 9000 entries, got {config.data.vocab_size}"
     with pytest.raises(ValueError, match=came):
-        evaluate.build_model(config, 9000)
+        build_model(config, "full", 9000)

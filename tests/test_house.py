@@ -1,6 +1,7 @@
 """The house: who imports whom, what the library needs, and how long it takes to import."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,13 @@ FLOORS = {
     "data": {"clipa_kernels"},
     "training": {"clipa_kernels", "models", "data"},
 }
-OPS = list((ROOT / "clipa_kernels").glob("[a-z]*.py"))
+LIBRARY = ROOT / "clipa_kernels"
 LIBRARY_NEEDS = {"torch", "einops"}
 # Imported where asked for by name, never needed.
-OPTIONAL = {"_attention_rivals.py": {"flash_attn", "xformers"}}
+OPTIONAL = {"attention/rivals.py": {"flash_attn", "xformers"}}
+# What operations share, and what each of these may import of the library.
+SHARED = {"check": {"launch"}, "packing": {"check"}, "launch": set()}
+OPS = {folder.parent.name for folder in LIBRARY.glob("*/__init__.py")}
 
 
 def files(folder: str) -> list[Path]:
@@ -47,18 +51,114 @@ def test_arrows_go_down(floor):
                 assert top in FLOORS[floor], f"{path.relative_to(ROOT)} imports {module}"
 
 
+def inside(path: Path) -> set[str]:
+    """The modules of the library that a file of it imports, from its top: "gelu.kernels"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.relative_to(LIBRARY).parts[: -node.level]
+            inner = (node.module or "").split(".") if node.module else []
+            # `from . import kernels` names modules, `from .kernels import forward` what is in one.
+            names = [[]] if inner else [[alias.name] for alias in node.names]
+            found |= {".".join([*base, *inner, *name]) for name in names}
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
 def test_the_library_needs_torch_alone():
-    standard = sys.stdlib_module_names
     for path in files("clipa_kernels"):
-        kernels = "_triton" in path.parts
+        name = path.relative_to(LIBRARY).as_posix()
+        kernels = path.stem.startswith("kernels") or name == "launch.py"
+        allowed = sys.stdlib_module_names | LIBRARY_NEEDS | OPTIONAL.get(name, set())
+        allowed |= {"triton"} if kernels else set()
         for level, module in imports(path):
-            top = module.split(".")[0]
-            allowed = standard | LIBRARY_NEEDS | OPTIONAL.get(path.name, set())
-            allowed |= {"triton"} if kernels else set()
-            assert level or top in allowed, f"{path.name} imports {module}"
-            if kernels and level:  # what all share, or the file of the same operation
-                own = [op.stem for op in OPS if path.stem.startswith(op.stem)]
-                assert module.startswith(("common", *own)), f"{path.name} imports {module}"
+            assert level or room(module) in allowed, f"{name} imports {module}"
+
+
+def test_rooms_and_arrows_of_the_library():
+    """A room is a module or a folder; an arrow a pair of rooms, of which one imports the other. The
+    package's __init__.py, which imports all, is left out."""
+    rooms = OPS | {path.stem for path in LIBRARY.glob("*.py")} - {"__init__"}
+    assert rooms == OPS | set(SHARED) and len(rooms) <= 12
+    arrows = set()
+    for path in set(files("clipa_kernels")) - {LIBRARY / "__init__.py"}:
+        own = path.relative_to(LIBRARY).with_suffix("").parts[0]
+        for module in inside(path):
+            may = SHARED.get(own, {own, *SHARED})
+            if path.stem.startswith("kernels"):
+                may = {"launch"}
+                may |= {own} if module.startswith(f"{own}.kernels") else set()
+            assert room(module) in may, f"{path.relative_to(LIBRARY)} imports {module}"
+            arrows |= {(own, room(module))} - {(own, own)}
+    assert len(arrows) <= 25, sorted(arrows)
+
+
+def ways(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, ...]]:
+    """All ways from a file along imports, within its folder, to files that launch a kernel."""
+    seen = (*seen, path)
+    found = [seen] if "_kernel[" in path.read_text() else []
+    for module in inside(path):
+        file = LIBRARY.joinpath(*module.split(".")).with_suffix(".py")
+        if file.is_file() and file not in seen and file.parent == path.parent:
+            found += ways(file, seen)
+    return found
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_tensor_passes_few_files_on_its_way_to_a_kernel(op):
+    found = ways(LIBRARY / op / "api.py")
+    assert found and max(map(len, found)) <= 4
+
+
+COPIED = """
+import sys
+sys.modules["clipa_kernels"] = None
+import torch
+from my_attention.attention import varlen_attention_qkvpacked
+from my_contrastive.contrastive import ClipLoss, sigmoid_loss
+from my_gelu.gelu import bias_gelu
+from my_layer_norm.layer_norm import add_layer_norm
+from my_masking.masking import PatchDropout, random_patches
+from my_patch_embed.patch_embed import patch_embed
+
+def ones(*shape):
+    return torch.ones(*shape).requires_grad_()
+
+x, scale, tokens, qkv = ones(2, 8), ones(1), ones(2, 5, 4), ones(5, 3, 1, 8)
+bias, weight, table = ones(8), ones(8, 3, 2, 2), ones(4, 8)
+lengths = torch.tensor([0, 2, 5], dtype=torch.int32)
+keep = random_patches(2, (2, 2), 0.5, seed=0, step=0)
+for given, out in (
+    (qkv, varlen_attention_qkvpacked(qkv, lengths, 3, impl="torch")),
+    (x, ClipLoss()(x, x.flip(1), scale)),
+    (x, sigmoid_loss(x, x, scale)),
+    (bias, bias_gelu(x, bias)),
+    (bias, add_layer_norm(x, x * 2, bias, bias)[0]),
+    (weight, patch_embed(torch.ones(2, 3, 4, 4), keep, weight, bias, table).tokens),
+    (tokens, PatchDropout(0.5)(tokens)),
+):
+    (gradient,) = torch.autograd.grad(out.sum(), given)
+    assert out.isfinite().all() and gradient.shape == given.shape and gradient.isfinite().all()
+    print(type(out.grad_fn).__name__)
+"""
+
+
+def test_an_operation_can_be_copied(tmp_path):
+    """Each folder into a package of its own, with what operations share and nothing else."""
+    for op in OPS:
+        package = tmp_path / f"my_{op}"
+        shutil.copytree(LIBRARY / op, package / op)
+        (package / "__init__.py").touch()
+        for name in SHARED:
+            shutil.copy(LIBRARY / f"{name}.py", package)
+    run = subprocess.run(
+        [sys.executable, "-c", COPIED], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 7
 
 
 @pytest.mark.parametrize("folder", ["models", "data", "training"])

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tolerance import check_close, check_op
 
 from bench.meters.counted import counted
-from clipa_kernels import add_layer_norm, add_layer_norm_reference, layer_norm
+from clipa_kernels import add_layer_norm, add_layer_norm_reference
+from clipa_kernels.layer_norm import api
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 8), (37, 80), (0, 16), (3, 5, 24), (2, 129)]
@@ -54,7 +55,7 @@ def test_gradients_of_weights_over_many_rows(weights):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_gradients_over_rows_that_fill_no_cache(dtype, monkeypatch):
     """The weights' gradient is made of several parts, the last shorter."""
-    monkeypatch.setattr(layer_norm, "_CACHED_ELEMENTS", 16 * 80)
+    monkeypatch.setattr(api, "_CACHED_ELEMENTS", 16 * 80)
     check_op(
         lambda **k: add_layer_norm(**k, impl="torch"),
         add_layer_norm_reference, inputs((37, 80)), dtype,

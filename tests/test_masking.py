@@ -10,18 +10,20 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clipa_kernels import _philox, masking, philox_bits, philox_uniform
+from clipa_kernels import philox_bits, philox_uniform
 from clipa_kernels.masking import (
     all_patches,
     block_patches,
     block_text,
     grid_patches,
     keep_count,
+    philox,
     random_patches,
     random_text,
     syntax_text,
     truncate_text,
 )
+from clipa_kernels.masking import api as masking
 
 KEY = {"seed": 7, "step": 3}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -78,7 +80,7 @@ def chi_square(counts: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", KNOWN)
 def test_philox_known_answers(name):
     counter, key, words = KNOWN[name]
-    assert _philox._philox4x32([torch.tensor(c) for c in counter], key).tolist() == list(words)
+    assert philox._philox4x32([torch.tensor(c) for c in counter], key).tolist() == list(words)
     assert philox_oracle(counter, key) == list(words)
 
 
@@ -98,6 +100,14 @@ def test_philox_counter_layout(seed, step, stream, sample):
 def test_philox_shape(samples, count):
     assert philox_bits(0, 0, samples, count).shape == (len(samples), count)
     assert philox_uniform(0, 0, samples, count).dtype == torch.float32
+
+
+def test_streams_are_apart():
+    streams = {name: value for name, value in vars(philox).items() if name.endswith("_STREAM")}
+    windows = range(streams.pop("WINDOW_STREAM"), philox.WINDOW_STREAM + 2**15)
+    assert len(set(streams.values())) == len(streams) > 7
+    assert not any(value in windows for value in streams.values())
+    assert max(streams.values()) < 2**16
 
 
 def test_philox_columns_do_not_depend_on_count_or_batch():

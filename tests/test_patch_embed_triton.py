@@ -7,7 +7,7 @@ from tolerance import check_op
 
 from clipa_kernels import patch_embed, patch_embed_reference
 
-kernels = pytest.importorskip("clipa_kernels._triton.patch_embed")
+kernels = pytest.importorskip("clipa_kernels.patch_embed.kernels")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of empty lanes
 
 

@@ -167,7 +167,7 @@ def recorded():
 
 
 def main() -> None:
-    from clipa_kernels._triton.common import input_precision
+    from clipa_kernels.launch import input_precision
 
     has_new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     precisions, launched = {}, {}

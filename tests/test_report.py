@@ -116,7 +116,7 @@ def test_summary_leaves_out_what_is_not_known():
 
 def test_log_goes_on_where_the_checkpoint_was(tmp_path):
     path = tmp_path / "run" / "log.jsonl"
-    log = JsonLines(path)
+    log = JsonLines(path, STAGES)
     for step in (10, 20, 30):
         log.write(stage="short", step=step, loss=torch.tensor(1.5), mfu=None)
     log.write(stage="full", step=10, loss=1.0)
@@ -124,7 +124,7 @@ def test_log_goes_on_where_the_checkpoint_was(tmp_path):
     with open(path, "a") as file:
         file.write('{"stage": "full", "st')  # a kill in the middle of a line
 
-    log = JsonLines(path, resume=("short", 20))
+    log = JsonLines(path, STAGES, resume=("short", 20))
     log.write(stage="short", step=30, loss=0.5)
     log.close()
     rows = read_rows(path)
@@ -138,27 +138,27 @@ def test_log_goes_on_where_the_checkpoint_was(tmp_path):
 
 
 def test_log_keeps_the_first_stage_when_the_second_resumes(tmp_path):
-    log = JsonLines(tmp_path / "log.jsonl")
+    log = JsonLines(tmp_path / "log.jsonl", STAGES)
     log.write(stage="short", step=500, loss=2.0)
     log.write(stage="full", step=10, loss=1.0)
     log.write(stage="full", step=20, loss=1.0)
     log.close()
-    JsonLines(tmp_path / "log.jsonl", resume=("full", 10)).close()
+    JsonLines(tmp_path / "log.jsonl", STAGES, resume=("full", 10)).close()
     kept = [(row["stage"], row["step"]) for row in read_rows(tmp_path / "log.jsonl")]
     assert kept == [("short", 500), ("full", 10)]
 
 
 def test_new_run_empties_the_log(tmp_path):
-    log = JsonLines(tmp_path / "log.jsonl")
+    log = JsonLines(tmp_path / "log.jsonl", STAGES)
     log.write(stage="short", step=1, loss=1.0)
     log.close()
-    JsonLines(tmp_path / "log.jsonl").close()
+    JsonLines(tmp_path / "log.jsonl", STAGES).close()
     assert read_rows(tmp_path / "log.jsonl") == []
     assert read_rows(tmp_path / "missing.jsonl") == []
 
 
 def test_log_stays_json_when_the_loss_is_not_finite(tmp_path):
-    log = JsonLines(tmp_path / "log.jsonl")
+    log = JsonLines(tmp_path / "log.jsonl", STAGES)
     log.write(stage="short", step=1, loss=math.nan, scale=torch.tensor(math.inf))
     log.close()
     (row,) = read_rows(tmp_path / "log.jsonl")
@@ -166,6 +166,7 @@ def test_log_stays_json_when_the_loss_is_not_finite(tmp_path):
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
+STAGES = ("short", "full")
 FIGURES = {"top1": 0.5, "top5": 0.7, "n": 191, "chance": 1 / 191}
 RESULTS = {
     "seconds": {"short": 80.0, "full": 20.0},

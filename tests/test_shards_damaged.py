@@ -544,8 +544,9 @@ def test_a_run_says_on_the_screen_what_it_skips(tmp_path, monkeypatch, capfd):
         files[f"{number}.txt"] = b"number 1" if number % 4 != 1 else b"\xff"
     path = shard(tmp_path / "a.tar", files)
     flags = (
-        "--steps 4 --finetune-steps 0 --batch-size 4 --warmup 1 --vocab-size 60 --log-every 2 "
-        f"--precision fp32 --device cpu --data {path} --output {tmp_path / 'run'}"
+        "--stages.short.steps 4 --stages.full.steps 0 --stages.short.batch-size 4 "
+        "--stages.short.warmup 1 --data.vocab-size 60 --run.log-every 2 "
+        f"--run.precision fp32 --device cpu --data {path} --output {tmp_path / 'run'}"
     )
     train.main(flags.split())
     said = capfd.readouterr().err.splitlines()
@@ -559,7 +560,7 @@ def test_a_run_says_on_the_screen_what_it_skips(tmp_path, monkeypatch, capfd):
 
     shard(path, {name: data for name, data in files.items() if name[0] in "0246"})
     with pytest.raises(SystemExit) as end:
-        train.main([*flags.split(), "--resume", "never", "--workers", "1"])
+        train.main([*flags.split(), "--resume", "never", "--data.workers", "1"])
     assert re.match(r"train.py: ShardLoader: one of 100 .* got none; \S*a.tar, ", str(end.value))
     assert "Traceback" not in str(end.value)
 

@@ -9,48 +9,56 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from configs import changed
 from PIL import Image
 
 import train
-from data.emoji import EmojiLoader, load_emoji
+from data.augment import sample_draws
+from data.emoji import load_emoji
+from data.images import decode_crop, decode_square
 from data.text import Tokenizer, train_wordpiece
-from evaluate import build_model
+from models import DIALECTS
 from training import checkpoint
-from training.config import Config, preset
+from training.build import build_model, open_batches, open_data
+from training.config import from_json, parse, preset
 from training.distributed import World
+from training.evaluation import Encoder, evaluate_folder, evaluate_shards
 from training.optim import adamw
 
 ROOT = Path(__file__).parents[1]
 # A run of seconds: 12 steps of few tokens with masks, 6 of all tokens.
 SMALL = {
     "model": "demo",
-    "image_size": 32,
-    "image_mask": "random",
-    "image_drop": 0.75,
-    "steps": 12,
-    "warmup": 2,
-    "batch_size": 32,
-    "lr": 1e-3,
-    "finetune_steps": 6,
-    "finetune_batch_size": 32,
-    "finetune_warmup": 1,
-    "finetune_image_size": 32,
-    "save_every": 4,
-    "log_every": 1,
-    "precision": "fp32",
-    "threads": 1,
+    "stages__short__image_size": 32,
+    "stages__short__image_mask": "random",
+    "stages__short__image_drop": 0.75,
+    "stages__short__steps": 12,
+    "stages__short__warmup": 2,
+    "stages__short__batch_size": 32,
+    "stages__short__lr": 1e-3,
+    "stages__full__steps": 6,
+    "stages__full__batch_size": 32,
+    "stages__full__warmup": 1,
+    "stages__full__image_size": 32,
+    "run__save_every": 4,
+    "run__log_every": 1,
+    "run__precision": "fp32",
+    "run__threads": 1,
     "device": "cpu",
 }
 
 
 def flags(folder, **change):
     values = SMALL | {"output": str(folder)} | change
-    return [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    return [
+        word
+        for name, value in values.items()
+        for word in (f"--{name.replace('__', '.').replace('_', '-')}", str(value))
+    ]
 
 
 def start(folder, *launcher, **change):
@@ -106,9 +114,9 @@ def test_a_run_leaves_log_results_picture_and_checkpoints(whole):
             assert figures["top1"] <= figures["top5"]
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in checkpoint.checkpoints(folder)] == [
-        "short-00000012.pt",
-        "full-00000004.pt",
-        "full-00000006.pt",
+        "1-short-00000012.pt",
+        "2-full-00000004.pt",
+        "2-full-00000006.pt",
     ]
     assert "held-out drawings" in out and str(folder) in out.splitlines()[-1]
 
@@ -135,7 +143,7 @@ def test_killed_and_resumed_gives_the_same_losses(whole, tmp_path, at):
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
-    process = start(tmp_path, save_every=1000)
+    process = start(tmp_path, run__save_every=1000)
     deadline = time.monotonic() + 200
     while not losses(tmp_path) and process.poll() is None:
         assert time.monotonic() < deadline
@@ -143,73 +151,104 @@ def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
     process.terminate()
     out = finish(process)
     assert "SIGTERM: saved at step" in out
-    finish(start(tmp_path, save_every=1000))
+    finish(start(tmp_path, run__save_every=1000))
     assert losses(tmp_path) == losses(whole[0])
 
 
 def test_two_processes_give_the_losses_of_one(whole, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finish(start(tmp_path, *torchrun, accumulate=2))  # parts of a batch as well, in one stage
+    finish(
+        start(tmp_path, *torchrun, stages__short__accumulate=2)
+    )  # parts of a batch as well, in one stage
     ours, one = losses(tmp_path), losses(whole[0])
     assert ours.keys() == one.keys()
     for key, loss in one.items():
         assert ours[key] == pytest.approx(loss, rel=2e-4), key
 
 
-def steps_of(stage, count, world=None):
-    """Losses and final weights of a few steps in this process."""
-    world = world or World(0, 0, 1, torch.device("cpu"))
+def steps_of(config, count):
+    """Losses and final weights of a few steps of the first stage in this process."""
+    world = World(0, 0, 1, torch.device("cpu"))
     pairs = load_emoji()
     tokenizer = Tokenizer(train_wordpiece(pairs.training_captions(), 500))
     torch.manual_seed(0)
-    model = build_model(stage, tokenizer.vocab_size)
-    optimizer = adamw(model, stage)
-    batches = EmojiLoader(
-        pairs,
-        tokenizer,
-        batch_size=stage.batch_size,
-        image_size=stage.image_size,
-        context=stage.context,
-        steps=count,
-    )
+    model = build_model(config, "short", tokenizer.vocab_size)
+    optimizer = adamw(model, config)
+    batches = open_batches(config, "short", pairs, tokenizer, world)
     out = [
-        train.train_step(model, optimizer, batch, step, stage, world)["loss"].item()
-        for step, batch in enumerate(batches)
+        train.train_step(model, optimizer, batches.batch(step), step, config, "short", world)
+        for step in range(count)
     ]
-    return out, model.state_dict()
+    return [values["loss"].item() for values in out], model.state_dict()
+
+
+def demo(**change):
+    """The demo, a batch of 16 in its first stage."""
+    first = {"stages__short__batch_size": 16, "stages__short__warmup": 1}
+    return changed(preset("emoji"), **first | {"run__precision": "fp32"} | change)
 
 
 @pytest.mark.parametrize("mask", ["random", "grid", "block", "none"])
 def test_parts_of_a_batch_equal_the_whole(mask):
     drop = 0.5 if mask in ("random", "block") else 0.0
     values = dict(batch_size=24, image_size=32, image_mask=mask, image_drop=drop, warmup=1)
-    stage = replace(preset("emoji"), precision="fp32", **values)
-    losses, weights = steps_of(stage, 3)
-    in_parts, same = steps_of(replace(stage, accumulate=3), 3)
+    config = demo(**{f"stages__short__{name}": value for name, value in values.items()})
+    losses, weights = steps_of(config, 3)
+    in_parts, same = steps_of(changed(config, stages__short__accumulate=3), 3)
     assert in_parts == pytest.approx(losses, rel=1e-5)
     for name, value in weights.items():
         torch.testing.assert_close(same[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
 def test_sigmoid_loss_and_bf16_train():
-    values = dict(batch_size=16, loss="sigmoid", init_scale=10.0, warmup=1, lr=1e-3)
-    stage = replace(preset("emoji"), precision="bf16", clip_norm=1.0, **values)
-    out, weights = steps_of(stage, 12)
+    sigmoid = dict(optim__loss="sigmoid", model__init_scale=10.0, run__precision="bf16")
+    out, weights = steps_of(demo(**sigmoid), 12)
     assert out[-1] < out[0] and torch.isfinite(weights["logit_bias"])
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
 def test_v2_dialect_trains_on_padded_text():
-    stage = replace(
-        preset("emoji"), dialect="clipa-v2", pos_embed="sincos-moco", batch_size=16, warmup=1
-    )
+    config = demo(model__dialect="clipa-v2", stages__short__pos_embed="sincos-moco")
     world = World(0, 0, 1, torch.device("cpu"))
-    run = train.Run(stage, world, checkpoint.StopSignal(), *train.open_data(stage, None), None, {})
-    batch = next(iter(train.open_batches(run, stage, 0, 1)))
-    assert len(batch.ids) == 16 * stage.context
-    model = build_model(stage, run.tokenizer.vocab_size)
-    values = train.train_step(model, adamw(model, stage), batch, 0, stage, world)
+    pairs, tokenizer = open_data(config, None)
+    batch = next(iter(open_batches(config, "short", pairs, tokenizer, world)))
+    assert len(batch.ids) == 16 * config.stages["short"].context
+    model = build_model(config, "short", tokenizer.vocab_size)
+    values = train.train_step(model, adamw(model, config), batch, 0, config, "short", world)
     assert torch.isfinite(values["loss"])
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dialect_says_how_pictures_are_resized(dialect, tmp_path):
+    """CLIPA v1 and open_clip: bicubic crops, evaluated in the centre; v2: bilinear and squashed."""
+    noise = torch.randint(256, (48, 96, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    picture = io.BytesIO()
+    Image.fromarray(noise.numpy()).save(picture, "PNG")
+    picture = picture.getvalue()
+    path = pack(tmp_path / "0.tar", {"0.png": picture, "0.txt": b"noise"})
+    (tmp_path / "set" / "noise").mkdir(parents=True)
+    (tmp_path / "set" / "noise" / "0.png").write_bytes(picture)
+    config = demo(
+        data__source=path, model__dialect=dialect, stages__short__batch_size=1, augment__blend=0.0,
+        augment__scale=(0.4, 1.0), augment__rotate=0.0, augment__warp=0.0, augment__outline=0.0,
+        augment__shift=0.0, augment__jitter=0.0, augment__mix=0.0,
+    )  # fmt: skip
+    v2 = dialect.startswith("clipa-v2")
+    how = dict(interpolation="bilinear" if v2 else "bicubic")
+    _, tokenizer = open_data(config, None)
+    world = World(0, 0, 1, torch.device("cpu"))
+    batch = open_batches(config, "short", None, tokenizer, world)[0]
+    draws = sample_draws(1, seed=0, step=0)[0]
+    crop = decode_crop(picture, 16, draws, config.augment, **how)
+    assert torch.equal(batch.images[0], crop)
+
+    model = build_model(config, "short", tokenizer.vocab_size).eval()
+    encoder, seen = Encoder(model, tokenizer, torch.device("cpu")), []
+    encoder.images = lambda images: seen.append(images) or torch.zeros(len(images), model.embed_dim)
+    evaluate_folder(encoder, tmp_path / "set")
+    evaluate_shards(encoder, path)
+    square = decode_square(picture, 16, squash=v2, **how)
+    assert all(torch.equal(images[0], square) for images in seen) and len(seen) == 2
 
 
 def main_says(tmp_path, **change):
@@ -221,47 +260,66 @@ def main_says(tmp_path, **change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_size": 20}, "image_size must be a multiple of patch_size 8, got 20"),
-        ({"batch_size": 0}, "batch_size must be in [1, 1048576], got 0"),
-        ({"steps": 0}, "steps must be in [1, 1e9], got 0"),
+        (
+            {"stages__short__image_size": 20},
+            "stages.short.image_size must be a multiple of patch_size 8, got 20",
+        ),
+        (
+            {"stages__short__batch_size": 0},
+            "stages.short.batch_size must be in [1, 1048576], got 0",
+        ),
+        ({"stages__short__steps": -1}, "stages.short.steps must be in [0, 1e9], got -1"),
+        ({"stages__short__steps": 0, "stages__full__steps": 0}, "must have steps, got none"),
         ({"device": "cuda:7"}, "cuda"),
-        ({"vocab_size": 300, "tokenizer": "clip"}, "tokenizer's 49408 entries, got 300"),
+        (
+            {"data__vocab_size": 300, "data__tokenizer": "clip"},
+            "tokenizer's 49408 entries, got 300",
+        ),
         ({"data": "nothing/{0..1}.tar"}, "must name files that are there"),
         ({"resume": "no-such.pt"}, "resume must be"),
     ],
-    ids=["patches", "batch", "steps", "device", "vocabulary", "shards", "resume"],
+    ids=["patches", "batch", "steps", "no-stage", "device", "vocabulary", "shards", "resume"],
 )
 def test_bad_flags_end_with_a_sentence(tmp_path, change, words):
     assert words in main_says(tmp_path, **change)
 
 
+def pack(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
     """Eight pairs in a tar."""
-    path = tmp_path_factory.mktemp("pairs") / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        for i in range(8):
-            picture = io.BytesIO()
-            Image.new("RGB", (16, 16), (30 * i, 90, 10)).save(picture, "PNG")
-            for end, data in (("png", picture.getvalue()), ("txt", f"boat {i}".encode())):
-                member = tarfile.TarInfo(f"{i}.{end}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return str(path)
+    files = {}
+    for i in range(8):
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16), (30 * i, 90, 10)).save(picture, "PNG")
+        files |= {f"{i}.png": picture.getvalue(), f"{i}.txt": f"boat {i}".encode()}
+    return pack(tmp_path_factory.mktemp("pairs") / "0.tar", files)
 
 
 def on_shards(shard, folder, **change):
     """Flags of a run of two seconds in this process."""
     few = dict(image_size=16, image_mask="none", image_drop=0.0, batch_size=8, steps=4, warmup=1)
-    return flags(folder, **few | dict(data=shard, vocab_size=200, finetune_steps=0) | change)
+    few = {f"stages__short__{name}": value for name, value in few.items()}
+    few |= dict(data=shard, data__vocab_size=200, stages__full__steps=0)
+    return flags(folder, **few | change)
 
 
 LATE = {
-    "no folder": dict(eval_images="{}/none"),
-    "no picture": dict(eval_images="{}"),
-    "no shard": dict(eval_shards="{}/none.tar"),
-    "no tar": dict(eval_shards="{}/folder/broken.png"),
-    "no room for text": dict(finetune_steps=1, finetune_warmup=0, finetune_context=2, start=True),
+    "no folder": dict(run__eval_images="{}/none"),
+    "no picture": dict(run__eval_images="{}"),
+    "no shard": dict(run__eval_shards="{}/none.tar"),
+    "no tar": dict(run__eval_shards="{}/folder/broken.png"),
+    "no room for text": dict(
+        stages__full__steps=1, stages__full__warmup=0, stages__full__context=2, start=True
+    ),
     "no triton": dict(impl="triton"),
 }
 
@@ -275,7 +333,7 @@ def test_what_comes_after_training_is_asked_before(shard, tmp_path, change, monk
     if change.pop("start", False):  # a tokenizer whose two special tokens leave no room
         words = Tokenizer(train_wordpiece(["a boat"], 100, start=True))
         words.save(tmp_path / "words.json")
-        change["tokenizer"] = str(tmp_path / "words.json")
+        change["data__tokenizer"] = str(tmp_path / "words.json")
     with pytest.raises(SystemExit, match=r"^train\.py: \w+: "):
         train.main(on_shards(shard, tmp_path / "run", **change))
     assert not rows(tmp_path / "run") and not checkpoint.checkpoints(tmp_path / "run")
@@ -295,23 +353,24 @@ def test_an_evaluation_that_fails_costs_no_step(shard, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="class folders, got"):
         patch.setattr(train, "run_stage", then_delete)
-        train.main(on_shards(shard, tmp_path / "run", eval_images=str(tmp_path / "gone")))
+        train.main(on_shards(shard, tmp_path / "run", run__eval_images=str(tmp_path / "gone")))
     before = losses(tmp_path / "run")
-    train.main(on_shards(shard, tmp_path / "run", eval_images=str(tmp_path / "there")))
+    train.main(on_shards(shard, tmp_path / "run", run__eval_images=str(tmp_path / "there")))
     assert losses(tmp_path / "run") == before and len(before) == 4
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["stages"]["short"]["images: there"]["top1"] == 1.0
     # A finished run that is asked again evaluates what is asked for now; retrieval alone too.
-    train.main(on_shards(shard, tmp_path / "run", eval_shards=shard))
+    train.main(on_shards(shard, tmp_path / "run", run__eval_shards=shard))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["stages"]["short"].keys() == {"shards: 0.tar"}
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_weights_that_went_astray_leave_the_good_checkpoint(shard, tmp_path):
-    change = dict(steps=20, log_every=20, save_every=1, keep_checkpoints=1)
+    change = dict(run__log_every=20, run__save_every=1, run__keep_checkpoints=1)
+    change |= dict(stages__short__steps=20, stages__short__lr=100.0, optim__weight_decay=100.0)
     with pytest.raises(SystemExit, match="must be finite, got .* the last good checkpoint is"):
-        train.main(on_shards(shard, tmp_path, lr=100.0, weight_decay=100.0, **change))
+        train.main(on_shards(shard, tmp_path, **change))
     (kept,) = checkpoint.checkpoints(tmp_path)
     assert checkpoint.load(kept)["step"] > 0  # which refuses what is not finite
 
@@ -333,16 +392,16 @@ def test_another_runs_checkpoint_is_refused(whole, tmp_path):
     folder, _ = whole
     newest = str(checkpoint.checkpoints(folder)[-1])
     out = main_says(tmp_path, resume=newest, model="Ti")
-    assert "model must be 'Ti' as in this run, got 'demo'" in out
-    with pytest.raises(SystemExit, match="would change lr 0.001 to 0.5"):
-        train.main(flags(folder, lr=0.5))
+    assert "model.size must be 'Ti' as in this run, got 'demo'" in out
+    with pytest.raises(SystemExit, match="would change stages.short.lr 0.001 to 0.5"):
+        train.main(flags(folder, stages__short__lr=0.5))
 
 
 def test_a_half_written_checkpoint_is_skipped(whole, tmp_path):
     folder, _ = whole
     for path in checkpoint.checkpoints(folder):
         data = path.read_bytes()
-        cut = path.name.startswith("full-00000006")
+        cut = path.name.startswith("2-full-00000006")
         (tmp_path / path.name).write_bytes(data[: len(data) // 2] if cut else data)
     (tmp_path / "log.jsonl").write_text((folder / "log.jsonl").read_text())
     out = finish(start(tmp_path))
@@ -365,8 +424,43 @@ def test_evaluate_gives_the_runs_figures(whole):
     assert ours == pytest.approx(then)
 
 
-def test_config_of_a_checkpoint_is_the_stages(whole):
-    state = checkpoint.latest(whole[0])
-    saved = json.loads(state["config"])
-    assert (saved["stage"], saved["image_drop"]) == ("full", 0.0)
-    assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+def test_config_of_a_checkpoint_is_the_runs(whole):
+    folder, _ = whole
+    state = checkpoint.latest(folder)
+    assert state["stage"] == "full" and state["name"] == "emoji"
+    assert (folder / "config.json").read_text() == state["config"]
+    assert from_json(state["config"]) == parse(flags(folder))
+
+
+def test_a_run_starts_from_the_config_that_another_saved(whole, tmp_path):
+    """With a third stage written into it, at another size of images and of text."""
+    values = json.loads((whole[0] / "config.json").read_text())
+    short, full = values["stages"].values()
+    third = full | dict(image_size=48, image_mask="random", image_drop=0.4, context=20, steps=2)
+    values["stages"] = {"short": short | {"steps": 3}, "full": full | {"steps": 2}, "high": third}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    words = ["--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "run")]
+    train.main([*words, "--stages.high.lr", "2e-5"])
+    log = rows(tmp_path / "run")
+    assert [(r["stage"], r["step"]) for r in log] == [
+        ("short", 1), ("short", 2), ("short", 3), ("full", 1), ("full", 2), ("high", 1), ("high", 2)
+    ]  # fmt: skip
+    assert log[-2]["lr"] == 2e-5
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == [
+        "1-short-00000003.pt", "2-full-00000002.pt", "3-high-00000002.pt",
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["stages"]) == ["short", "full", "high"]
+    table = checkpoint.latest(tmp_path / "run")["state_dict"]["visual.positional_embedding"]
+    assert len(table) == 1 + 6 * 6
+
+    # A finished run goes on where a stage is added after its last one, once that is asked for.
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    values["stages"]["last"] = values["stages"]["high"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(SystemExit, match="would change stages.last.image_size None to 48"):
+        train.main(words)
+    newest = str(checkpoint.checkpoints(tmp_path / "run")[-1])
+    train.main([*words, "--resume", newest])
+    assert losses(tmp_path / "run").keys() >= {("high", 2), ("last", 1), ("last", 2)}
+    assert rows(tmp_path / "run")[: len(log)] == log

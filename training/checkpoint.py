@@ -3,7 +3,7 @@
 A file is a dict in open_clip's layout with a little more:
 
     epoch, name, state_dict, optimizer      as open_clip writes them (its model keys)
-    stage, step                             steps of this stage that are done
+    stage, step                             name, and steps of this stage that are done
     config, tokenizer                       JSON texts
     rng, metrics                            generator states; numbers to carry on
 
@@ -11,7 +11,6 @@ It is written beside its place, flushed to the disk and renamed, so a file with 
 whole. Everything in it loads with `torch.load(weights_only=True)`.
 """
 
-import dataclasses
 import random
 import re
 import warnings
@@ -23,32 +22,32 @@ import torch
 from torch import Tensor, nn
 
 from data.files import write_whole
+from models import plain_keys
 
-from .config import STAGES, Config, from_json, stages, to_json
+from .config import Config, flat, from_json, to_json
 from .distributed import World
 from .optim import unwrap
-from .stop import StopSignal as StopSignal
 
-_NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)\.pt")
+_NAME = re.compile(r"(\d+)-\w+-(\d+)\.pt")
 _KEYS = {
     "state_dict": dict, "optimizer": dict, "stage": str, "step": int, "config": str, "rng": dict,
     "tokenizer": str, "metrics": dict,
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
-_FREE = {
-    "preset",  # only where the other flags start from
-    "output", "resume", "save_every", "keep_checkpoints", "log_every",
-    "eval_images", "eval_shards",
-    "device", "threads", "workers", "impl", "compile", "accumulate", "finetune_accumulate",
-}  # fmt: skip
+_FREE = re.compile(
+    r"preset|config|data\.workers|run\.(?!seed$|precision$)\w+|stages\.\w+\.accumulate"
+)
 # What must agree between a checkpoint and the run that resumes it; the rest may be changed.
-_SAME_MODEL = ("model", "dialect", "patch_size", "pool", "vocab_size", "loss")
+_SAME_MODEL = (
+    "model.size", "model.dialect", "model.patch_size", "model.pool", "data.vocab_size", "optim.loss"
+)  # fmt: skip
 
 
 def pack_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Config,
+    stage: str,
     *,
     step: int,
     tokenizer: str = "",
@@ -59,17 +58,18 @@ def pack_state(
     Args:
         model: itself or wrapped by DDP or torch.compile.
         optimizer: its state is kept by reference; save before the next step.
-        config: of the stage that runs.
+        config: of the run.
+        stage: name of the stage that runs.
         step: steps of this stage that are done.
         tokenizer: JSON text of the tokenizer, so that the checkpoint alone can be evaluated.
         metrics: plain numbers, texts, lists and dicts.
     """
     return {
-        "epoch": STAGES.index(config.stage),
+        "epoch": config.number(stage),
         "name": config.preset,
         "state_dict": unwrap(model).state_dict(),
         "optimizer": optimizer.state_dict(),
-        "stage": config.stage,
+        "stage": stage,
         "step": step,
         "config": to_json(config),
         "tokenizer": tokenizer,
@@ -107,14 +107,11 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def weights(state: dict) -> dict[str, Tensor]:
     """The model's tensors, without the prefixes that DDP and torch.compile add to their names."""
-    return {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
-        for name, tensor in state["state_dict"].items()
-    }
+    return plain_keys(state["state_dict"])
 
 
 def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
-    """Write `<folder>/<stage>-<step>.pt` whole or not at all, then delete what is too old.
+    """Write `<folder>/<number>-<stage>-<step>.pt` whole or not at all, then delete what is too old.
 
     The newest `keep` whole checkpoints of the stage stay, and the last one of each earlier stage.
     Call it on rank 0 only.
@@ -132,7 +129,7 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
     if keep < 1:
         raise ValueError(f"save: keep must be at least 1, got {keep}")
     folder = Path(folder)
-    path = folder / f"{state['stage']}-{step:08d}.pt"
+    path = folder / f"{state['epoch'] + 1}-{state['stage']}-{step:08d}.pt"
     try:
         with write_whole(path, sync=True) as file:
             torch.save(state, file)
@@ -143,7 +140,7 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
 
 
 def check_finite(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stage: Config, step: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, stage: str, step: int
 ) -> None:
     """RuntimeError unless all weights and moments are finite: nothing else may be written.
 
@@ -158,21 +155,22 @@ def check_finite(
     finite = [tensors[name].isfinite().all() for name in floats]
     if finite and not bool(torch.stack(finite).all()):
         worst = next(name for name, good in zip(floats, finite, strict=True) if not good)
-        raise not_finite(f"weights and moments must be finite, got others in {worst}", stage, step)
+        sentence = f"weights and moments must be finite, got others in {worst}"
+        raise not_finite(sentence, folder, stage, step)
 
 
-def not_finite(sentence: str, stage: Config, step: int) -> RuntimeError:
+def not_finite(sentence: str, folder: str, stage: str, step: int) -> RuntimeError:
     """The error that ends a run whose numbers went astray: where, and what is left of it."""
-    good = checkpoints(stage.output)
+    good = checkpoints(folder)
     left = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written before"
-    return RuntimeError(f"train: {sentence} at step {step} of stage {stage.stage}; {left}")
+    return RuntimeError(f"train: {sentence} at step {step} of stage {stage}; {left}")
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
     """Delete what is older than `newest` and not to stay, and leftovers of killed writes."""
     for leftover in folder.glob(".*.pt.*"):
         leftover.unlink(missing_ok=True)
-    kept: dict[str, int] = {}
+    kept: dict[int, int] = {}
     for path in reversed(checkpoints(folder)):
         if _order(path) > _order(newest):
             continue  # of a run that went further; not ours to delete
@@ -185,8 +183,8 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 
 
 def _order(path: Path) -> tuple[int, int]:
-    stage, step = _NAME.fullmatch(path.name).groups()
-    return STAGES.index(stage), int(step)
+    number, step = _NAME.fullmatch(path.name).groups()
+    return int(number), int(step)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -282,16 +280,16 @@ def check_matches(
 
     Args:
         state: from `load` or `latest`.
-        config: of the run, or of a stage of it.
+        config: of the run.
         model: built for the checkpoint's stage; its keys and shapes are compared.
         stage: the stage that must have written it; None takes either.
     """
-    saved = from_json(state["config"])
-    for field in _SAME_MODEL:
-        was, now = getattr(saved, field), getattr(config, field)
-        if was != now:
-            raise ValueError(f"checkpoint: {field} must be {now!r} as in this run, got {was!r}")
-    known = [each.stage for each in stages(config)] if stage is None else [stage]
+    was, now = flat(from_json(state["config"])), flat(config)
+    for name in _SAME_MODEL:
+        if was[name] != now[name]:
+            must = f"{name} must be {now[name]!r} as in this run"
+            raise ValueError(f"checkpoint: {must}, got {was[name]!r}")
+    known = config.running if stage is None else [stage]
     if state["stage"] not in known:
         must = " or ".join(known)
         raise ValueError(f"checkpoint: its stage must be {must}, got {state['stage']!r}")
@@ -311,26 +309,29 @@ def check_matches(
 def find(config: Config, world: World) -> dict | None:
     """The state to resume from, or None. What an abandoned run left is moved aside, not deleted."""
     saved = None
-    if config.resume == "auto":
-        saved = latest(config.output)
-    elif config.resume != "never":
-        saved = load(config.resume)
+    if config.run.resume == "auto":
+        saved = latest(config.run.output)
+    elif config.run.resume != "never":
+        saved = load(config.run.resume)
     world.barrier()  # all have looked before rank 0 moves anything
-    if config.resume != "auto" and world.is_main:
-        after = None if saved is None else config.resume
-        moved = set_aside(config.output, after=after)
+    if config.run.resume != "auto" and world.is_main:
+        after = None if saved is None else config.run.resume
+        moved = set_aside(config.run.output, after=after)
         if moved:
             world.print(f"newer checkpoints of an earlier run are now in {moved}")
     if saved is None:
         return None
     check_matches(saved, config)
-    now = dataclasses.asdict(config)
-    then = dataclasses.asdict(Config()) | saved["metrics"].get("config", now)
-    changed = [name for name in now if now[name] != then[name] and name not in _FREE]
-    if changed and config.resume == "auto":
-        words = ", ".join(f"{name} {then[name]!r} to {now[name]!r}" for name in changed)
+    then, now = flat(from_json(saved["config"])), flat(config)
+    changed = [
+        name
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name) and not _FREE.fullmatch(name)
+    ]
+    if changed and config.run.resume == "auto":
+        words = ", ".join(f"{name} {then.get(name)!r} to {now.get(name)!r}" for name in changed)
         raise ValueError(
-            f"checkpoint: {config.output} must hold a run with these flags, got one that would "
+            f"checkpoint: {config.run.output} must hold a run with these flags, got one that would "
             f"change {words}; take another --output, start over with --resume never, or name a "
             "checkpoint with --resume to change its run"
         )

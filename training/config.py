@@ -1,7 +1,7 @@
-"""One dataclass holds every choice of a run; its fields are the flags of train.py.
+"""One tree of dataclasses holds every choice of a run; its fields are the flags of train.py.
 
-A run has two stages: "short" trains with few tokens, "full" is the brief fine-tune with all of
-them. `stages(config)` gives one Config a stage. Flags override a preset of presets.py.
+A field of a part is a flag of two words, `--optim.weight-decay 0.1`; of a stage, of three:
+`--stages.full.lr 3e-4`. Flags override a preset of presets.py, or a run's own config.json.
 """
 
 import dataclasses
@@ -9,26 +9,105 @@ import json
 import sys
 import tempfile
 import textwrap
+import types
 import typing
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from data.augment import Augmentation
+from models import DIALECTS, SIZES, Dialect
+
 from .presets import PRESETS
 
-STAGES = ("short", "full")  # in the order they run
+Preset = Literal[tuple(PRESETS)]
 
-Preset = Literal[
-    "emoji", "clipa-v1-b16", "clipa-v1-l16", "clipa-v1-l16-i17",
-    "clipa-v2-l14", "clipa-v2-h14", "clipa-v2-h14-70", "clipa-v2-bigg14",
-]  # fmt: skip
-Stage = Annotated[Literal["short", "full"], tyro.conf.Fixed, tyro.conf.Suppress]
-PosEmbed = Literal["learnable", "sincos-mae", "sincos-moco"]
-ImageMask = Literal["none", "random", "grid", "block"]
-TextMask = Literal["truncate", "random", "block", "syntax"]
+
+@dataclass(frozen=True)
+class Stage:
+    """What is seen of images and texts, for how long, and how fast it is learnt."""
+
+    image_size: int = 16  # pixels a side
+    image_mask: Literal["none", "random", "grid", "block"] = "none"  # which patches are dropped
+    image_drop: float = 0.0  # share of patches dropped, for random and block
+    context: int = 16  # text tokens at most, special ones included
+    text_mask: Literal["truncate", "random", "block", "syntax"] = "truncate"
+    """which tokens of longer captions stay"""
+    pos_embed: Literal["learnable", "sincos-mae", "sincos-moco"] = "learnable"
+    """image position table, resized from the stage before"""
+    steps: int = 2000  # optimiser steps; 0: the stage is left out
+    batch_size: int = 128  # global: all processes, all accumulated parts
+    accumulate: int = 1  # parts a step is computed in, to save memory
+    lr: float = 1e-3  # peak, for the whole batch: (papers' lr) * batch / 256
+    warmup: int = 100  # steps of linear warm-up before the cosine to 0
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Pairs of images and captions."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "emoji"
+    """"emoji" (ships with pip) or local shards, "pairs/{0000..0099}.tar" """
+    tokenizer: str = "wordpiece"  # trained on the captions; "clip"; or a tokenizers.json, vocab.txt
+    vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
+    captions: Literal["names", "words", "all"] = "names"  # embedded set: data.emoji.CAPTIONS
+    workers: int = 0  # processes that decode images; 0: threads of this one
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """The two encoders."""
+
+    size: Annotated[Literal[tuple(SIZES)], tyro.conf.arg(aliases=["--model"])] = "B"
+    """widths and depths"""
+    dialect: Literal[tuple(DIALECTS)] = "open_clip"
+    """recipe that fixes GELU, norms, text mask, init, decay, clamp, resizing: models/dialects.py"""
+    patch_size: int = 8  # pixels a side
+    pool: Literal["cls", "mean", "mean-with-cls"] = "mean"  # image feature from the tokens
+    init_scale: float = 1 / 0.07  # exp(logit_scale) at the start; SigLIP takes 10
+    init_bias: float = -10.0  # logit_bias at the start, sigmoid loss only
+
+
+@dataclass(frozen=True)
+class OptimPart:
+    """The loss and AdamW, in all stages."""
+
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's or SigLIP's
+    weight_decay: float = 0.1  # decoupled; on the tensors that the dialect decays
+    beta1: float = 0.9  # Adam's momentum
+    beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
+    adam_eps: float | None = None  # None: the dialect's
+    clip_norm: float = 0.0  # largest gradient norm; 0: not clipped
+    max_scale: float | None = None  # bound of exp(logit_scale); 0: none; None: the dialect's
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """How it runs, and what it leaves behind."""
+
+    output: Annotated[str, tyro.conf.arg(aliases=["--output"])] = "runs/emoji"
+    """folder of checkpoints, log, results and report"""
+    resume: Annotated[str, tyro.conf.arg(aliases=["--resume"])] = "auto"
+    """auto: newest checkpoint in output; never; or a checkpoint's path"""
+    device: Annotated[str, tyro.conf.arg(aliases=["--device"])] = "auto"
+    """auto: cuda where there is one, else cpu"""
+    impl: Annotated[
+        Literal["auto", "triton", "torch", "reference"], tyro.conf.arg(aliases=["--impl"])
+    ] = "auto"
+    """of the fused operations"""
+    seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
+    """of weights, order, crops and masks"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
+    compile: bool = False  # torch.compile the model; pays on long runs
+    threads: int = 0  # CPU threads of torch; 0: as torch decides
+    save_every: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest ones kept
+    log_every: int = 20  # steps between lines of the log
+    eval_images: str = ""  # evaluated after each stage: folder of one folder of pictures a class
+    eval_shards: str = ""  # evaluated after each stage: tar shards to retrieve from
 
 
 @dataclass(frozen=True)
@@ -36,151 +115,107 @@ class Config:
     """Train a CLIP with few tokens, then briefly with all of them."""
 
     preset: Preset = "emoji"  # recipe that the other flags start from
-    stage: Stage = "short"  # set by stages(), not by a flag
-
-    # data
-    data: str = "emoji"  # "emoji" (ships with pip) or local shards, "pairs/{0000..0099}.tar"
-    tokenizer: str = "wordpiece"  # trained on the captions; "clip"; or a tokenizers.json, vocab.txt
-    vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
-    crop_scale: tuple[float, float] = (0.4, 1.0)  # area of a random crop; above 1: with a margin
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # least and most width / height of a crop
-    shift: float = 0.0  # share of the side that a crop moves either way, beyond the edge too
-    rotate: float = 0.0  # degrees, most rotation either way
-    warp: float = 0.0  # deviation, in half sides, of a smooth field that bends the image
-    outline: float = 0.0  # share of images whose edges are darkened
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """strengths: brightness, contrast, saturation, hue"""
-    jitter_prob: float = 0.8  # share of images whose colours are jittered
-    channel_mix: float = 0.0  # most of each colour channel that is added to each other one
-    gray_prob: float = 0.0  # share of images turned gray
-    blend: float = 0.0  # embedded set: share of images faded into their concept's other drawing
-    captions: Literal["names", "words", "all"] = "names"  # embedded set: data.emoji.CAPTIONS
-    workers: int = 0  # processes that decode images; 0: threads of this one
-
-    # model
-    model: str = "B"  # a size: Ti S M B L H g bigG, or demo
-    dialect: Literal["openai", "open_clip", "clipa-v1", "clipa-v2", "clipa-v2-open_clip"] = (
-        "open_clip"
+    config: str = ""  # config.json of a run that the other flags start from instead
+    data: DataPart = DataPart()
+    augment: Augmentation = field(default_factory=Augmentation)
+    model: ModelPart = ModelPart()
+    optim: OptimPart = OptimPart()
+    run: RunPart = RunPart()
+    stages: dict[str, Stage] = field(
+        default_factory=lambda: {
+            "short": Stage(),
+            "full": Stage(image_size=32, steps=200, lr=1e-4, warmup=20),
+        }
     )
-    """decides GELU, LayerNorm and Adam eps, ln_pre, text mask and pooling, decay, scale clamp"""
-    patch_size: int = 8  # pixels a side
-    pool: Literal["cls", "mean", "mean-with-cls"] = "mean"  # image feature from the tokens
-    pos_embed: PosEmbed = "learnable"  # image position table
 
-    # first stage: few tokens
-    image_size: int = 16  # pixels a side
-    image_mask: ImageMask = "none"  # which patches are dropped
-    image_drop: float = 0.0  # share of patches dropped, for random and block
-    context: int = 16  # text tokens at most, special ones included
-    text_mask: TextMask = "truncate"  # which tokens of longer captions stay
-    steps: int = 2000  # optimiser steps
-    batch_size: int = 128  # global: all processes, all accumulated parts
-    accumulate: int = 1  # parts a step is computed in, to save memory
-    lr: float = 1e-3  # peak, for the whole batch: (papers' lr) * batch / 256
-    warmup: int = 100  # steps of linear warm-up before the cosine to 0
+    @property
+    def dialect(self) -> Dialect:
+        """All that the recipe fixes."""
+        return DIALECTS[self.model.dialect]
 
-    # second stage: all tokens, from the first stage's weights
-    finetune_image_size: int = 32  # pixels a side
-    finetune_image_mask: ImageMask = "none"  # CLIPA-v2 still masks 30 % here
-    finetune_image_drop: float = 0.0  # share of patches dropped
-    finetune_context: int = 16  # text tokens at most
-    finetune_text_mask: TextMask = "truncate"  # which tokens of longer captions stay
-    finetune_pos_embed: PosEmbed = "learnable"  # CLIPA-v1 goes from fixed to learnable
-    finetune_steps: int = 200  # 0: no second stage
-    finetune_batch_size: int = 128  # global
-    finetune_accumulate: int = 1  # parts a step is computed in
-    finetune_lr: float = 1e-4  # peak
-    finetune_warmup: int = 20  # steps
+    @property
+    def running(self) -> list[str]:
+        """Names of the stages that have steps, in the order they run."""
+        return [name for name, stage in self.stages.items() if stage.steps]
 
-    # optimisation, both stages
-    weight_decay: float = 0.1  # decoupled; on the tensors that the dialect decays
-    beta1: float = 0.9  # Adam's momentum
-    beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
-    adam_eps: float | None = None  # None: the dialect's
-    clip_norm: float = 0.0  # largest gradient norm; 0: not clipped
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's or SigLIP's
-    init_scale: float = 1 / 0.07  # exp(logit_scale) at the start; SigLIP takes 10
-    init_bias: float = -10.0  # logit_bias at the start, sigmoid loss only
-    max_scale: float | None = None  # bound of exp(logit_scale); 0: none; None: the dialect's
+    def number(self, stage: str) -> int:
+        """Place of a stage among all, from 0."""
+        return list(self.stages).index(stage)
 
-    # what is evaluated after each stage, beside the embedded set's splits when it trains
-    eval_images: str = ""  # folder of one folder of pictures a class
-    eval_shards: str = ""  # tar shards to retrieve from
-
-    # how it runs
-    device: str = "auto"  # auto: cuda where there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
-    compile: bool = False  # torch.compile the model; pays on long runs
-    impl: Literal["auto", "triton", "torch", "reference"] = "auto"  # of the fused operations
-    threads: int = 0  # CPU threads of torch; 0: as torch decides
-    seed: int = 0  # of weights, order, crops and masks
-
-    # what it leaves behind
-    output: str = "runs/emoji"  # folder of checkpoints, log, results and report
-    resume: str = "auto"  # auto: newest checkpoint in output; never; or a checkpoint's path
-    save_every: int = 500  # steps between checkpoints
-    keep_checkpoints: int = 2  # newest ones kept
-    log_every: int = 20  # steps between lines of the log
+    def first_step(self, stage: str) -> int:
+        """Step of the run's data at which a stage starts: the stages count on in one order."""
+        return sum(each.steps for each in list(self.stages.values())[: self.number(stage)])
 
 
 def preset(name: str) -> Config:
     """The Config of a preset.
 
-    >>> preset("clipa-v2-h14").lr
+    >>> preset("clipa-v2-h14").stages["short"].lr
     0.002048
     """
     if name not in PRESETS:
         raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}, got {name!r}")
-    output = Config.output if name == "emoji" else f"runs/{name}"
-    return replace(Config(preset=name, output=output), **PRESETS[name])
+    config = _built(Config, PRESETS[name] | {"preset": name}, "preset")
+    output = RunPart.output if name == "emoji" else f"runs/{name}"
+    return replace(config, run=replace(config.run, output=output))
 
 
 @dataclass(frozen=True)
-class _PresetFlag:
-    preset: Preset = "emoji"
+class _Start:
+    preset: Preset | None = None
+    config: str = ""
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """The Config that flags ask for: the preset first, then every other flag over it.
+    """The Config that flags ask for: the preset or file first, then every other flag over it.
 
     Args:
         argv: flags without the program's name; None: those of this process.
 
     Raises:
         SystemExit: an unknown flag (the near ones are named) or a value of the wrong kind.
+        ValueError: a --config that is no file of a Config, or one beside --preset.
 
-    >>> parse(["--preset", "clipa-v1-b16", "--lr", "3e-4"]).lr
+    >>> parse(["--preset", "clipa-v1-b16", "--stages.full.lr", "3e-4"]).stages["full"].lr
     0.0003
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    first, _ = tyro.cli(_PresetFlag, args=argv, return_unknown_args=True, add_help=False)
-    return tyro.cli(Config, args=argv, default=preset(first.preset))
+    start, _ = tyro.cli(_Start, args=argv, return_unknown_args=True, add_help=False)
+    if start.config and start.preset:
+        raise ValueError("config: --preset and --config must not come together, got both")
+    default = read(start.config) if start.config else preset(start.preset or "emoji")
+    return replace(tyro.cli(Config, args=argv, default=default), config="")
 
 
-def stages(config: Config) -> tuple[Config, ...]:
-    """One Config a stage, in the order they run: short tokens, then all tokens.
+def read(path: str | Path) -> Config:
+    """The Config in a file of `to_json`.
 
-    The second takes its values from the `finetune_*` fields; with finetune_steps 0 there is none.
-
-    >>> config = Config(image_size=16, finetune_image_size=32)
-    >>> [(stage.stage, stage.image_size) for stage in stages(config)]
-    [('short', 16), ('full', 32)]
+    Raises:
+        ValueError: it is no file, or holds something else.
     """
-    short = replace(config, stage="short")
-    if config.finetune_steps == 0:
-        return (short,)
-    prefix = "finetune_"
-    tuned = {
-        field.name.removeprefix(prefix): getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name.startswith(prefix)
-    }
-    return short, replace(config, stage="full", **tuned)
+    if not Path(path).is_file():
+        raise ValueError(f"config: --config must be a file of a run's config, got {str(path)!r}")
+    return from_json(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Each field by its flag's name.
+
+    >>> flat(Config())["stages.full.lr"]
+    0.0001
+    """
+
+    def walk(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            return {name: value}
+        return {k: v for key in value for k, v in walk(value[key], f"{name}.{key}").items()}
+
+    return {name[1:]: value for name, value in walk(dataclasses.asdict(config), "").items()}
 
 
 def describe(config: Config) -> str:
     """The fields as a paragraph, for the start of a run."""
-    values = (f"{key}={value}" for key, value in dataclasses.asdict(config).items())
+    values = (f"{key}={value}" for key, value in flat(config).items())
     return textwrap.fill("  ".join(values), 100, break_long_words=False, break_on_hyphens=False)
 
 
@@ -193,7 +228,7 @@ def from_json(text: str) -> Config:
     """The Config of `to_json`. Fields that the text lacks take their default.
 
     Raises:
-        ValueError: not a JSON object, or a field that Config does not have.
+        ValueError: not a JSON object, a field that Config does not have, a value of another type.
     """
     try:
         values = json.loads(text)
@@ -201,144 +236,158 @@ def from_json(text: str) -> Config:
         raise ValueError(f"from_json: text must be a JSON object, got {text[:40]!r}") from error
     if not isinstance(values, dict):
         raise ValueError(f"from_json: text must be a JSON object, got {text[:40]!r}")
-    if unknown := sorted(values.keys() - _FIELDS):
-        raise ValueError(
-            f"from_json: every key must be a field of Config, got {', '.join(unknown)}"
-        )
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return _built(Config, values, "from_json")
+
+
+def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
+    """A value of JSON as the type that a field asks for."""
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if unknown := ", ".join(f"{name}{key}" for key in value if key not in hints):
+            raise ValueError(f"{function}: every key must be a field of Config, got {unknown}")
+        built = {k: _built(hints[k], v, function, f"{name}{k}.") for k, v in value.items()}
+        return kind(**built)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, dict) and origin is dict:
+        return {k: _built(inner[1], v, function, f"{name}{k}.") for k, v in value.items()}
+    if isinstance(value, list | tuple) and origin is tuple and len(value) == len(inner):
+        return tuple(_built(i, v, function, name) for i, v in zip(inner, value, strict=True))
+    if origin in (typing.Union, types.UnionType) and value is None and type(None) in inner:
+        return None
+    plain = inner[0] if origin in (typing.Union, types.UnionType) else kind
+    plain = str if origin is Literal else plain
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (plain is float and number) or (type(value) is plain):
+        return value
+    words = getattr(plain, "__name__", str(plain))
+    came = f"{value!r} as {name.removesuffix('.') or 'it'}"
+    raise ValueError(f"{function}: a field of type {words} must hold one, got {came}")
 
 
 # What each number may be: wide enough for every use that is known, narrow enough that a slip ends
-# in a sentence and not in an abort of the machine. A stage's field stands for its finetune_ one.
+# in a sentence and not in an abort of the machine. Augmentation checks its own.
 _RANGES = {
-    "vocab_size": "[1, 1048576]",
-    "shift": "[0, 4]",
-    "rotate": "[0, 360]",
-    "warp": "[0, 4]",
-    "outline": "[0, 1]",
-    "jitter_prob": "[0, 1]",
-    "channel_mix": "[0, 10]",
-    "gray_prob": "[0, 1]",
-    "blend": "[0, 1]",
-    "workers": "[0, 512]",
-    "patch_size": "[1, 1024]",
-    "finetune_steps": "[0, 1e9]",
-    "image_size": "[1, 4096]",
+    "data.vocab_size": "[1, 1048576]",
+    "data.workers": "[0, 512]",
+    "model.patch_size": "[1, 1024]",
+    "model.init_scale": "(0, 1e6]",
+    "model.init_bias": "[-1e6, 1e6]",
+    "optim.weight_decay": "[0, 100]",
+    "optim.beta1": "[0, 1)",
+    "optim.beta2": "[0, 1)",
+    "optim.adam_eps": "[1e-30, 1]",
+    "optim.clip_norm": "[0, 1e9]",
+    "optim.max_scale": "[0, 1e6]",
+    "run.threads": "[0, 512]",
+    "run.seed": "[0, 9223372036854775807]",
+    "run.save_every": "[1, 1e18]",
+    "run.keep_checkpoints": "[1, 1e18]",
+    "run.log_every": "[1, 1e18]",
+    "image_size": "[1, 4096]",  # from here on: of each stage
     "image_drop": "[0, 1)",
     "context": "[2, 4096]",
-    "steps": "[1, 1e9]",
+    "steps": "[0, 1e9]",
     "batch_size": "[1, 1048576]",
     "accumulate": "[1, 1048576]",
     "lr": "(0, 100]",
     "warmup": "[0, 1e9]",
-    "weight_decay": "[0, 100]",
-    "beta1": "[0, 1)",
-    "beta2": "[0, 1)",
-    "adam_eps": "[1e-30, 1]",
-    "clip_norm": "[0, 1e9]",
-    "init_scale": "(0, 1e6]",
-    "init_bias": "[-1e6, 1e6]",
-    "max_scale": "[0, 1e6]",
-    "threads": "[0, 512]",
-    "seed": "[0, 9223372036854775807]",
-    "save_every": "[1, 1e18]",
-    "keep_checkpoints": "[1, 1e18]",
-    "log_every": "[1, 1e18]",
-    "crop_scale": "(0, 4]",
-    "crop_ratio": "[0.01, 100]",
-    "jitter": "[0, 10]",
 }
-_FIELDS = {field.name for field in dataclasses.fields(Config)}
 
 
-def validate(config: Config, world_size: int = 1, models: Collection[str] = ()) -> None:
+def validate(config: Config, world_size: int = 1) -> None:
     """Raise ValueError with a sentence unless this Config can train on `world_size` processes.
 
-    Both stages are checked before any work, and the output folder is made and written to.
+    All stages are checked before any work, and the output folder is made and written to.
 
     Args:
         config: of the whole run, as `parse` gives it.
         world_size: processes that share a batch.
-        models: names that `config.model` may have; empty: not checked.
 
     Raises:
         ValueError: names the flag, what must hold and what came.
     """
-    _require(
-        not models or config.model in models,
-        "model",
-        f"be one of {', '.join(models)}",
-        repr(config.model),
-    )
-    _check_names(config)
-    for stage in stages(replace(config, finetune_steps=config.finetune_steps or 1)):
-        for name in _RANGES:  # of a second stage too that does not come
-            check_range(name, getattr(stage, name), stage.stage)
-    for stage in stages(config):
-        _check_stage(stage, world_size)
-    for name in ("crop_scale", "crop_ratio"):
-        low, high = getattr(config, name)
-        _require(low <= high, name, "rise", getattr(config, name))
-    _require(config.jitter[3] <= 0.5, "jitter", "have a hue of at most 0.5", config.jitter)
-    for name in ("blend", "captions") if config.data != "emoji" else ():  # shards have one of each
-        value = getattr(config, name)
-        kept = value in (getattr(Config, name), getattr(preset(config.preset), name))
-        _require(kept, name, "be left alone unless data is emoji", repr(value))
+    for part in (config, config.data, config.model, config.optim, config.run):
+        _check_names(part)
+    for name, stage in config.stages.items():
+        word = name.replace("_", "")
+        good = word.isascii() and word.isalnum() and name[0].isalpha()
+        _require(good, "the name of a stage", "be a word of letters and digits", repr(name))
+        _check_names(stage, f"stages.{name}.")
+    for name, value in flat(config).items():
+        stage, _, short = name.rpartition(".")
+        check_range(short if stage.startswith("stages.") else name, value, name)
+    _require(bool(config.running), "one of the stages", "have steps", "none")
+    for name in config.running:
+        _check_stage(config, name, world_size)
+    recipe = preset(config.preset)
+    if config.data.source != "emoji":  # shards have one caption and one picture a sample
+        for name in ("augment.blend", "data.captions"):
+            value, known = flat(config)[name], (flat(Config())[name], flat(recipe)[name])
+            _require(value in known, name, 'be left alone unless data is "emoji"', repr(value))
     _check_files(config)
 
 
-def _require(good: bool, field: str, must: str, came: object, stage: str = "short") -> None:
+def _require(good: bool, name: str, must: str, came: object) -> None:
     if not good:
-        flag = f"finetune_{field}" if stage == "full" and f"finetune_{field}" in _FIELDS else field
-        raise ValueError(f"config: {flag} must {must}, got {came}")
+        raise ValueError(f"config: {name} must {must}, got {came}")
 
 
-def _check_names(config: Config) -> None:
-    for name, hint in typing.get_type_hints(Config).items():
+def _check_names(part: Any, prefix: str | None = None) -> None:
+    if prefix is None:
+        prefix = type(part).__name__.removesuffix("Part").lower() + "."
+    for name, hint in typing.get_type_hints(type(part)).items():
         if typing.get_origin(hint) is Literal:
-            value, known = getattr(config, name), typing.get_args(hint)
-            _require(value in known, name, f"be one of {', '.join(known)}", repr(value))
+            value, known = getattr(part, name), typing.get_args(hint)
+            whole = prefix.removeprefix("config.") + name
+            _require(value in known, whole, f"be one of {', '.join(known)}", repr(value))
 
 
-def check_range(name: str, value: float | tuple[float, ...] | None, stage: str = "short") -> None:
-    """ValueError unless a number, or each of several, lies in the range of the field; None does."""
-    interval = _RANGES[name]
+def check_range(name: str, value: Any, flag: str = "") -> None:
+    """ValueError unless a number lies in the range of the field; None does, and so does no number.
+
+    Args:
+        name: of the field, as "optim.beta1"; of a stage's, its last word.
+        flag: what the sentence calls it; as `name` if empty.
+    """
+    if (interval := _RANGES.get(name)) is None or value is None:
+        return
     low, high = json.loads(f"[{interval[1:-1]}]")
-    for number in value if isinstance(value, tuple) else [low if value is None else value]:
-        above = low < number if interval[0] == "(" else low <= number
-        below = number < high if interval[-1] == ")" else number <= high
-        _require(value is None or (above and below), name, f"be in {interval}", value, stage)
+    above = low < value if interval[0] == "(" else low <= value
+    below = value < high if interval[-1] == ")" else value <= high
+    _require(above and below, flag or name, f"be in {interval}", value)
 
 
-def _check_stage(stage: Config, world_size: int) -> None:
-    name, size, patch = stage.stage, stage.image_size, stage.patch_size
-    must = f"be a multiple of patch_size {patch}"
-    _require(size % patch == 0, "image_size", must, size, name)
-    _require(size <= 256 * patch, "image_size", "be at most 256 patches a side", size, name)
+def _check_stage(config: Config, name: str, world_size: int) -> None:
+    stage, patch = config.stages[name], config.model.patch_size
+
+    def require(good: bool, what: str, must: str) -> None:
+        _require(good, f"stages.{name}.{what}", must, getattr(stage, what))
+
+    require(stage.image_size % patch == 0, "image_size", f"be a multiple of patch_size {patch}")
+    require(stage.image_size <= 256 * patch, "image_size", "be at most 256 patches a side")
     parts = world_size * stage.accumulate
     must = f"be a multiple of {world_size} processes x {stage.accumulate} parts"
-    _require(stage.batch_size % parts == 0, "batch_size", must, stage.batch_size, name)
-    must = f"be at most steps {stage.steps}"
-    _require(stage.warmup <= stage.steps, "warmup", must, stage.warmup, name)
+    require(stage.batch_size % parts == 0, "batch_size", must)
+    require(stage.warmup <= stage.steps, "warmup", f"be at most steps {stage.steps}")
     unused = stage.image_mask in ("none", "grid") and stage.image_drop > 0
-    must = f"be 0 with image_mask {stage.image_mask}"
-    _require(not unused, "image_drop", must, stage.image_drop, name)
+    require(not unused, "image_drop", f"be 0 with image_mask {stage.image_mask}")
 
 
 def _check_files(config: Config) -> None:
-    if config.resume not in ("auto", "never"):
-        found = Path(config.resume).is_file()
-        _require(found, "resume", 'be "auto", "never" or a checkpoint file', repr(config.resume))
-    if config.tokenizer not in ("wordpiece", "clip"):
-        found = Path(config.tokenizer).is_file()
+    run, tokenizer = config.run, config.data.tokenizer
+    if run.resume not in ("auto", "never"):
+        found = Path(run.resume).is_file()
+        must = 'be "auto", "never" or a checkpoint file'
+        _require(found, "run.resume", must, repr(run.resume))
+    if tokenizer not in ("wordpiece", "clip"):
+        found = Path(tokenizer).is_file()
         must = 'be "wordpiece", "clip" or a file (tokenizers JSON or BERT vocab.txt)'
-        _require(found, "tokenizer", must, repr(config.tokenizer))
+        _require(found, "data.tokenizer", must, repr(tokenizer))
     try:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.output):
+        Path(run.output).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.output):
             pass
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(
-            f"config: output must be a folder that can be written, got {config.output!r} ({reason})"
-        ) from error
+        came = f"{run.output!r} ({error.strerror or error})"
+        must = "be a folder that can be written"
+        raise ValueError(f"config: run.output must {must}, got {came}") from error

@@ -11,9 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipa_kernels._check import choose_impl
-
-from .config import Config
+from clipa_kernels.check import choose_impl
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,9 @@ def world_size() -> int:
     return _ranks(os.environ)[2]
 
 
-def wrap(model: nn.Module, stage: Config, world: World) -> nn.Module:
+def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
     """The model as the loop calls it: compiled if asked, under DDP where there are processes."""
-    wrapped = torch.compile(model) if stage.compile else model
+    wrapped = torch.compile(model) if compiled else model
     if world.size == 1:
         return wrapped
     ids = [world.device.index] if world.device.type == "cuda" else None

@@ -6,45 +6,26 @@ learning_rate(s) = lr * (s + 1) / warmup                                      s 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .config import Config
+from models import Dialect
+
+from .config import Config, Stage
 
 
-@dataclass(frozen=True)
-class _Dialect:
-    decays_embeddings: bool
-    adam_eps: float
-    max_scale: float  # of exp(logit_scale); 0: never clamped
-
-
-_DIALECTS = {
-    "openai": _Dialect(decays_embeddings=True, adam_eps=1e-6, max_scale=100.0),
-    "open_clip": _Dialect(decays_embeddings=True, adam_eps=1e-6, max_scale=100.0),
-    "clipa-v1": _Dialect(decays_embeddings=True, adam_eps=1e-6, max_scale=100.0),
-    "clipa-v2": _Dialect(decays_embeddings=False, adam_eps=1e-8, max_scale=0.0),
-    "clipa-v2-open_clip": _Dialect(decays_embeddings=False, adam_eps=1e-8, max_scale=0.0),
-}
-
-
-def is_decayed(name: str, parameter: Tensor, dialect: str) -> bool:
+def is_decayed(name: str, parameter: Tensor, dialect: Dialect) -> bool:
     """Whether the dialect decays this parameter.
 
-    "openai" and "clipa-v1" decay every tensor of two or more dimensions that is not a norm, bias or
-    logit scale, so the token and position tables too. "clipa-v2" decays only the kernels of linear
-    and convolution layers and the projections.
+    Every tensor of two or more dimensions that is not a norm, bias or logit scale; the token and
+    position tables only where the dialect decays embeddings ("openai", "open_clip", "clipa-v1").
 
     Source: open_clip and clipa_torch training/main.py; clipa_jax decays `*/kernel`.
     """
-    if dialect not in _DIALECTS:
-        known = ", ".join(_DIALECTS)
-        raise ValueError(f"is_decayed: dialect must be one of {known}, got {dialect!r}")
     if parameter.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale")):
         return False
-    return _DIALECTS[dialect].decays_embeddings or "embedding" not in name
+    return dialect.decays_embeddings or "embedding" not in name
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
@@ -54,7 +35,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
         if parameter.requires_grad:
             (decayed if is_decayed(name, parameter, config.dialect) else plain).append(parameter)
     return [
-        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": decayed, "weight_decay": config.optim.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
 
@@ -64,7 +45,7 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
     Args:
         model: on its device already.
-        config: lr, weight_decay, beta1, beta2, adam_eps and dialect are read.
+        config: its optim and dialect are read.
 
     Returns:
         The optimiser; its learning rate is set each step from `learning_rate`.
@@ -78,36 +59,35 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
         raise ValueError(
             "adamw: the model must have a parameter that requires a gradient, got none"
         )
-    eps = _DIALECTS[config.dialect].adam_eps if config.adam_eps is None else config.adam_eps
+    optim = config.optim
+    eps = config.dialect.adam_eps if optim.adam_eps is None else optim.adam_eps
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=eps, fused=fused
-    )
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=eps, fused=fused)
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, stage: Stage) -> float:
     """The learning rate of a step: linear warm-up, then a cosine that would reach 0 at `steps`.
 
     Args:
         step: from 0, within the stage.
-        config: lr, warmup and steps of the stage are read.
+        stage: lr, warmup and steps are read.
 
     Source: `cosine_lr` of open_clip.
 
-    >>> [round(learning_rate(step, Config(lr=1.0, warmup=2, steps=4)), 3) for step in range(4)]
+    >>> [round(learning_rate(step, Stage(lr=1.0, warmup=2, steps=4)), 3) for step in range(4)]
     [0.5, 1.0, 1.0, 0.5]
     """
     if step < 0:
         raise ValueError(f"learning_rate: step must be at least 0, got {step}")
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, stage: Stage) -> float:
     """Set and return the learning rate of a step."""
-    rate = learning_rate(step, config)
+    rate = learning_rate(step, stage)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
@@ -137,14 +117,14 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 def clamp_scale_(model: nn.Module, config: Config) -> None:
     """Keep exp(logit_scale) between 1 and max_scale, in place, after each optimiser step.
 
-    The dialect decides where config.max_scale is None: 100 for openai and clipa-v1; clipa-v2 never
-    clamps, as 0 does.
+    The dialect decides where config.optim.max_scale is None; 0 never clamps.
 
     Args:
         model: has `logit_scale`, itself or under DDP's or torch.compile's wrapper.
-        config: max_scale and dialect are read.
+        config: its optim and dialect are read.
     """
-    bound = _DIALECTS[config.dialect].max_scale if config.max_scale is None else config.max_scale
+    own = config.optim.max_scale
+    bound = config.dialect.max_scale if own is None else own
     if bound > 0:
         unwrap(model).logit_scale.clamp_(0, math.log(bound))
 

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from data.files import write_whole
 
-from .config import STAGES
-
 _RIGHT, _WRONG, _INK, _PALE = "#1a7f4b", "#c8402f", "#22262b", "#8a9099"
-_STAGE_COLOURS = {"short": "#8fb3dd", "full": "#1f5fa8"}
+_BLUES = ("#8fb3dd", "#1f5fa8", "#0b2e59")  # of the stages, in turn
 _COLUMNS = 8
-_STAGE_WORDS = {"short": "few tokens", "full": "all tokens"}
 
 
 def picture(
@@ -28,7 +25,7 @@ def picture(
     actual: Sequence[str],
     title: str = "",
 ) -> None:
-    """Draw the report: loss of both stages, accuracy by split and stage, pictures with their names.
+    """Draw the report: loss of all stages, accuracy by split and stage, pictures with their names.
 
     Args:
         path: of the PNG.
@@ -92,15 +89,15 @@ def _smooth(values: list[float]) -> list[float]:
 def _draw_loss(axis, rows: Sequence[dict]) -> None:
     _bare(axis)
     offset = 0
-    for stage in STAGES:
+    for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
         points = [row for row in rows if row["stage"] == stage and row.get("loss") is not None]
         if not points:
             continue
         steps = [offset + row["step"] for row in points]
         losses = [row["loss"] for row in points]
-        colour = _STAGE_COLOURS[stage]
+        colour = _BLUES[number % len(_BLUES)]
         axis.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.45)
-        axis.plot(steps, _smooth(losses), color=colour, linewidth=2.2, label=_STAGE_WORDS[stage])
+        axis.plot(steps, _smooth(losses), color=colour, linewidth=2.2, label=stage)
         if offset:
             axis.axvline(offset, color=_PALE, linewidth=0.8, linestyle=(0, (2, 3)))
         offset = steps[-1]
@@ -115,7 +112,7 @@ def _draw_loss(axis, rows: Sequence[dict]) -> None:
 
 def _draw_accuracy(axis, results: dict[str, dict[str, dict]]) -> None:
     _bare(axis)
-    stages = [stage for stage in STAGES if stage in results]
+    stages = list(results)
     splits = list(dict.fromkeys(split for stage in stages for split in results[stage]))
     height, most = 0.8 / max(1, len(stages)), 0.0
     for row, split in enumerate(splits):
@@ -126,8 +123,8 @@ def _draw_accuracy(axis, results: dict[str, dict[str, dict]]) -> None:
             share = figures.get("top1", figures.get("image_to_text_r1", 0.0))  # or retrieval's
             most = max(most, share)
             at = row + (number - (len(stages) - 1) / 2) * height
-            label = _STAGE_WORDS[stage] if row == 0 else None
-            axis.barh(at, share, height * 0.9, color=_STAGE_COLOURS[stage], label=label)
+            colour, label = _BLUES[number % len(_BLUES)], stage if row == 0 else None
+            axis.barh(at, share, height * 0.9, color=colour, label=label)
             axis.text(share, at, f" {share:.1%}", va="center", fontsize=8.5, color=_INK)
             chance = figures["chance"]
             label = "chance" if row == 0 and number == len(stages) - 1 else None

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from data.files import write_whole
 
-from .config import STAGES
 from .picture import picture as picture
 
 # Dense TFLOP/s with fp32 accumulation, (bfloat16, float32 without tensor cores), by a word of the
@@ -228,14 +227,22 @@ class JsonLines:
 
     Args:
         path: made with its folder where missing.
+        stages: names of the run's stages, in order.
         resume: (stage, step) from which the run goes on: later lines, and one that a kill cut, are
             dropped. None starts an empty log.
     """
 
-    def __init__(self, path: str | Path, *, resume: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, stages: Sequence[str], *, resume: tuple[str, int] | None = None
+    ) -> None:
         self.path = Path(path)
-        done = (STAGES.index(resume[0]), resume[1]) if resume else (-1, 0)
-        kept = [row for row in read_rows(path) if (STAGES.index(row["stage"]), row["step"]) <= done]
+        place = {stage: number for number, stage in enumerate(stages)}
+        done = (place[resume[0]], resume[1]) if resume else (-1, 0)
+        kept = [
+            row
+            for row in read_rows(path)
+            if (place.get(row["stage"], len(place)), row["step"]) <= done
+        ]
         _write_whole(self.path, "".join(_line(row) for row in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
@@ -269,7 +276,7 @@ def read_rows(path: str | Path) -> list[dict]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and row.get("stage") in STAGES and "step" in row:
+            if isinstance(row, dict) and {"stage", "step"} <= row.keys():
                 rows.append(row)
     return rows
 

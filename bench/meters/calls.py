@@ -18,7 +18,6 @@ from torch import Tensor
 from bench.meters.launches import Launch, recording
 from clipa_kernels import (
     Packed,
-    _contrastive_ops,
     add_layer_norm,
     bias_gelu,
     block_patches,
@@ -29,24 +28,22 @@ from clipa_kernels import (
     sigmoid_loss,
     varlen_attention_qkvpacked,
 )
+from clipa_kernels.contrastive.ops import contrastive_grads, contrastive_stats
 from models.clip import CLIP, configs
-from training.config import Config, preset, stages
+from training.config import Config, Stage, preset
 from training.presets import PRESETS
 
 ARCHS = (80, 90, 100)
 BATCH = 256  # pairs of a process: a GPU's share of the papers' batches
 GROUP = 8  # processes whose texts a loss over a group sees
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# What of a stage decides on its launches.
-STAGE_FIELDS = ("model", "dialect", "patch_size", "pool", "pos_embed", "image_size", "image_mask")
-STAGE_FIELDS += ("image_drop", "context", "vocab_size", "loss")
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 Call = tuple[str, Callable[[], None]]
 
 
 def recorded(*ops: str, archs: tuple[int, ...] = ARCHS) -> list[Launch]:
-    """The launches of all calls; of ops alone, by the kernels' file or folder, where any is named:
-    "attention" stands for attention_long.py too.
+    """The launches of all calls; where ops are named, of their kernels alone: "attention", and
+    "launch" for the kernel that several share.
 
     Raises: ValueError for an op without a launch.
     """
@@ -56,32 +53,39 @@ def recorded(*ops: str, archs: tuple[int, ...] = ARCHS) -> list[Launch]:
             call()
             found += [replace(launch, call=label) for launch in launches]
             launches.clear()
-    known = sorted({part for launch in found for part in launch.files})
+    known = sorted({launch.room for launch in found})
     for op in ops:
-        if not any(part.startswith(op) for part in known):
+        if op not in known:
             raise ValueError(f"recorded: ops must be among {', '.join(known)}, got {op!r}")
-    wanted = [x for x in found if any(part.startswith(op) for part in x.files for op in ops)]
-    return wanted if ops else found
+    return [launch for launch in found if launch.room in ops] if ops else found
 
 
 def calls() -> Iterator[Call]:
     """(what is called, in words; the call)."""
     seen = set()
     for name in PRESETS:
-        for stage in stages(preset(name)):
-            if (alike := tuple(getattr(stage, field) for field in STAGE_FIELDS)) not in seen:
-                yield f"{name} {stage.stage}", partial(step, stage, BF16)
+        config = preset(name)
+        for stage, sizes in config.stages.items():
+            alike = (config.model, config.data.vocab_size, config.optim.loss, launched(sizes))
+            if alike not in seen:
+                yield f"{name} {stage}", partial(step, config, stage, BF16)
             seen.add(alike)
-    for name, place, dtype in (
-        ("clipa-v2-h14", 0, FP16), ("clipa-v1-l16", 0, FP32), ("clipa-v2-h14", 1, FP32),
+    for name, stage, dtype in (
+        ("clipa-v2-h14", "short", FP16), ("clipa-v1-l16", "short", FP32),
+        ("clipa-v2-h14", "full", FP32),
     ):  # fmt: skip
-        stage = stages(preset(name))[place]
-        yield f"{name} {stage.stage} {NAMES[dtype]}", partial(step, stage, dtype)
+        yield f"{name} {stage} {NAMES[dtype]}", partial(step, preset(name), stage, dtype)
     yield from attention_calls()
     yield from stem_calls()
     yield from glue_calls()
     yield from loss_calls()
     yield from masking_calls()
+
+
+def launched(stage: Stage) -> tuple:
+    """What of a stage decides on its launches."""
+    table = stage.pos_embed == "learnable"
+    return stage.image_size, stage.image_mask, stage.image_drop, stage.context, table
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -94,28 +98,29 @@ def backward(*outputs: Tensor) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
-def step(stage: Config, dtype: torch.dtype) -> None:
+def step(config: Config, name: str, dtype: torch.dtype) -> None:
     """A training step of a stage and an evaluation's forward, under autocast."""
-    vision, text, width = configs(stage.model, stage.patch_size, stage.dialect)
-    tables = dict(image_size=stage.image_size, pool=stage.pool, positions=stage.pos_embed)
+    stage, side = config.stages[name], config.model.patch_size
+    vision, text, width = configs(config.model.size, side, config.model.dialect)
+    tables = dict(image_size=stage.image_size, pool=config.model.pool, positions=stage.pos_embed)
     vision = replace(vision, depth=2, **tables)
-    text = replace(text, depth=2, context=stage.context, vocab_size=stage.vocab_size)
+    text = replace(text, depth=2, context=stage.context, vocab_size=config.data.vocab_size)
     model = CLIP(vision, text, width, impl="triton")
     shape = (BATCH, stage.image_size, stage.image_size, 3)
     images = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    grid = (stage.image_size // stage.patch_size,) * 2
-    how = dict(seed=0, step=0, impl="triton")
+    grid = (stage.image_size // side,) * 2
+    key = dict(seed=0, step=0, impl="triton")
     masks = {
         "none": lambda: None,
-        "random": lambda: random_patches(BATCH, grid, stage.image_drop, **how),
-        "grid": lambda: grid_patches(BATCH, grid, **how),
-        "block": lambda: block_patches(BATCH, grid, stage.image_drop, **how),
+        "random": lambda: random_patches(BATCH, grid, stage.image_drop, **key),
+        "grid": lambda: grid_patches(BATCH, grid, **key),
+        "block": lambda: block_patches(BATCH, grid, stage.image_drop, **key),
     }
-    padded = stage.dialect.startswith("clipa-v2")
-    tokens = BATCH * stage.context if padded else BATCH * stage.context * 3 // 4 + 1
+    whole = BATCH * stage.context
+    tokens = whole if config.dialect.pads_text else whole * 3 // 4 + 1
     ends = torch.empty(BATCH + 1, dtype=torch.int32)
     packed = Packed(torch.empty(tokens, dtype=torch.int64), ends, stage.context)
-    loss = sigmoid_loss if stage.loss == "sigmoid" else contrastive_loss
+    loss = sigmoid_loss if config.optim.loss == "sigmoid" else contrastive_loss
     with torch.autocast("cpu", dtype, enabled=dtype != FP32):
         out = model(images, packed, masks[stage.image_mask]())
         out = [out[n] for n in ("image_features", "text_features", "logit_scale")]
@@ -215,11 +220,9 @@ def loss_calls() -> Iterator[Call]:
     def group(n: int, width: int, dtype: torch.dtype) -> None:
         image, text = empty(n // GROUP, width, dtype=dtype), empty(n, width, dtype=dtype)
         scale, pairs = torch.empty(()), (0, 0, n // GROUP)
-        rows, cols = _contrastive_ops.contrastive_stats(image, text, scale, *pairs, True)
+        rows, cols = contrastive_stats(image, text, scale, *pairs, True)
         none, d_loss, wanted = scale.new_empty(0), torch.empty(()), [True] * 3
-        _contrastive_ops.contrastive_grads(
-            image, text, scale, rows, cols, none, d_loss, *pairs, wanted, True, True
-        )
+        contrastive_grads(image, text, scale, rows, cols, none, d_loss, *pairs, wanted, True, True)
 
     def sigmoid(n: int, width: int, dtype: torch.dtype, learnt: bool = True) -> None:
         image, text = (x.requires_grad_(learnt) for x in features(n, width, dtype))

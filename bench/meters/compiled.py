@@ -257,7 +257,7 @@ def main() -> int:
     from bench.meters.calls import recorded
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("ops", nargs="*", help="files or folders of kernels; none: all")
+    parser.add_argument("ops", nargs="*", help="folders of clipa_kernels; none: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     asked = parser.parse_args()
     if asked.jobs < 1:

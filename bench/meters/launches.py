@@ -69,9 +69,9 @@ class Launch:
         return f"{self.name} {self.shape}, {self.call}"
 
     @property
-    def files(self) -> list[str]:
-        """The parts of the kernel's module: ["clipa_kernels", "_triton", "gelu"]."""
-        return self.kernel.fn.__module__.split(".")
+    def room(self) -> str:
+        """The kernel's folder or module in the library: "gelu"."""
+        return self.kernel.fn.__module__.split(".")[1]
 
     def key(self) -> str:
         """Equal for launches that the compiler cannot tell apart."""

@@ -360,7 +360,7 @@ def as_json(one: Roofs) -> dict[str, Any]:
 def main() -> None:
     """Print the roofs of all launches, or of those of the ops named."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("ops", nargs="*", help="files or folders of kernels; none: all")
+    parser.add_argument("ops", nargs="*", help="folders of clipa_kernels; none: all")
     parser.add_argument("--arch", nargs="*", type=int, default=[80, 90], choices=list(GPUS))
     parser.add_argument("--only", default="", help="regular expression that labels must match")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

@@ -1,0 +1,217 @@
+"""Attention over packed sequences of different lengths.
+
+    o_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j in the sequence of i  (and j <= i if causal)
+
+Vaswani et al. (arXiv:1706.03762), in the packed layout of flash-attention's varlen functions.
+Next to padding to [B, H, S, D]: no padded token is read, computed or stored, and between forward
+and backward nothing is kept but the inputs; the probabilities are computed again.
+"""
+
+import torch
+from torch import Tensor
+
+from ..check import (
+    as_flag,
+    as_float,
+    autocast_dtype,
+    choose_impl,
+    describe,
+    refuse_tangents,
+    require_float,
+    require_same_device,
+    require_same_dtype,
+    require_tensor,
+)
+from ..packing import check_packed
+from . import ops, rivals
+
+_IMPLS = ("triton", "torch", "sdpa", "reference", *rivals.PACKAGES)
+# What the kernels hold in a tile and in registers; above, the libraries' larger tiles pay.
+_LONGEST, _WIDEST = 1024, 128
+
+
+def varlen_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The specification in plain torch, one sequence after the other; see varlen_attention."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = []
+    for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        scores = scale * torch.einsum("ihd,jhd->hij", q[a:b].to(wide), k[a:b].to(wide))
+        if causal:
+            future = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        out.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[a:b].to(wide)))
+    return torch.cat(out).to(q.dtype) if out else q.clone()
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Self-attention within each of B packed sequences; see the formula above.
+
+    Args:
+        q, k, v: [T, H, D], one floating dtype. Dense in D, else of any strides: slices of one
+            product are fine.
+        cu_seqlens: int32 [B + 1], rising from 0 to T; equal neighbours are an empty sequence.
+        max_seqlen: tokens of the longest sequence, or more; an int, or a tensor with one, which is
+            read at every call: on a GPU that waits for the device. T == B * max_seqlen means that
+            all have this length, and cu_seqlens is not read.
+        causal: token i sees tokens j <= i of its sequence only.
+        scale: factor of the scores, a number: no gradient reaches it (for a learnable one,
+            multiply q); None is D ** -0.5.
+        impl: "triton" (one launch each way; float32, float16 or bfloat16, D up to 128,
+            max_seqlen up to 1024; at 8 tokens and fewer of one length, sequences share a tile, and
+            a NaN reaches its neighbours there), "torch" (groups of like length, reads the lengths
+            on the host), "sdpa" (pads, asks the device for nothing), "reference"; "varlen_attn" of
+            torch and, if installed, "flash_attn" and "xformers" (lengths on the host), on CUDA.
+            "auto" is "triton" on CUDA where it applies; "torch" on a CPU where lengths differ or
+            the dtype has 16 bits; else "sdpa".
+    Returns:
+        [T, H, D] in q's dtype, contiguous.
+    Raises:
+        TypeError: dtypes that differ or are not floating, cu_seqlens not int32, a scale that
+            requires grad.
+        ValueError: shapes or devices that disagree, D not a multiple of 8 from 8 to 256, a last
+            stride that is not 1, cu_seqlens that falls or does not end at T, max_seqlen too small
+            (cu_seqlens on a GPU is not looked into: that would wait for the device; the kernels
+            leave tokens past max_seqlen out), an unknown impl, a size beyond its limits.
+        RuntimeError: an impl that is not installed or does not run on these tensors, a second
+            derivative or one in forward mode of any but "reference".
+    Source: flash_attn.flash_attn_varlen_func of flash-attention 2.8.
+    """
+    name = "varlen_attention"
+    require_tensor(name, q=q, k=k, v=v)
+    require_float(name, q=q, k=k, v=v)
+    require_same_dtype(name, q=q, k=k, v=v)
+    if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
+        came = ", ".join(describe(t) for t in (q, k, v))
+        raise ValueError(f"{name}: q, k and v must be [T, H, D], all alike, got {came}")
+    require_same_device(name, q=q, k=k, v=v)
+    max_seqlen = _check_rest(name, cu_seqlens, max_seqlen, q, k, v)
+    causal = as_flag(name, causal=causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_float(name, scale=scale)
+    impl = _choose(name, impl, q, cu_seqlens.shape[0] - 1, max_seqlen)
+    if impl == "torch":
+        refuse_tangents(name, q, k, v)
+        qkv = torch.stack((q, k, v), 1)
+        return ops.attention_packed(qkv, cu_seqlens, max_seqlen, causal, scale)
+    return _separate(impl, q, k, v, cu_seqlens, max_seqlen, causal, scale)
+
+
+def varlen_attention_qkvpacked(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """varlen_attention of qkv[:, 0], qkv[:, 1], qkv[:, 2]; the gradient comes packed as well.
+
+    Args:
+        qkv: [T, 3, H, D], floating: the packed product as it stands, viewed.
+        cu_seqlens, max_seqlen, causal, scale, impl: as in varlen_attention.
+    Returns:
+        [T, H, D] in qkv's dtype, contiguous.
+    Raises:
+        As varlen_attention.
+    Source: flash_attn.flash_attn_varlen_qkvpacked_func of flash-attention 2.8.
+    """
+    name = "varlen_attention_qkvpacked"
+    require_tensor(name, qkv=qkv)
+    require_float(name, qkv=qkv)
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"{name}: qkv must be [T, 3, H, D], got {describe(qkv)}")
+    max_seqlen = _check_rest(name, cu_seqlens, max_seqlen, qkv)
+    causal = as_flag(name, causal=causal)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else as_float(name, scale=scale)
+    impl = _choose(name, impl, qkv, cu_seqlens.shape[0] - 1, max_seqlen)
+    if impl in ("torch", "triton"):
+        refuse_tangents(name, qkv)
+        how = max_seqlen, causal, scale, impl == "triton"
+        return ops.attention_packed(qkv, cu_seqlens, *how)
+    return _separate(impl, *qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
+
+
+def _separate(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """The implementations that take three tensors; in their dtype also under autocast."""
+    args = q, k, v, cu_seqlens, max_seqlen
+    if autocast_dtype(q.device) is not None:
+        with torch.autocast(q.device.type, enabled=False):
+            return _separate(impl, *args, causal, scale)
+    if impl == "reference":
+        return varlen_attention_reference(*args, causal=causal, scale=scale)
+    if impl == "sdpa":
+        return rivals.sdpa(*args, causal, scale)
+    refuse_tangents("varlen_attention", q, k, v)
+    if impl == "triton":
+        return ops.attention(*args, causal, scale)
+    q, k, v = rivals.differentiated_once(q, k, v)
+    return getattr(rivals, impl)(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+
+
+def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str:
+    """Resolve "auto": the kernels on a GPU, up to their limits. On a CPU groups of like length win
+    when lengths differ or numbers are short.
+
+    At equal lengths torch's fused CPU kernel is faster in fp32 (1.2x to 2x at 4 to 197 tokens) and
+    4x to 6x slower in bf16, whose matrix units it does not use.
+    """
+    fits = x.shape[-1] <= _WIDEST and max_seqlen <= _LONGEST
+    if isinstance(impl, str) and impl == "auto":
+        if fits and choose_impl(name, impl, _IMPLS, x) == "triton":
+            return "triton"
+        if x.device.type != "cpu":
+            return "sdpa"
+        equal = x.shape[0] == batch * max_seqlen
+        return "torch" if not equal or x.dtype.itemsize == 2 else "sdpa"
+    impl = choose_impl(name, impl, _IMPLS, x)
+    if impl == "triton" and not fits:
+        raise ValueError(
+            f'{name}: impl "triton" takes heads of at most {_WIDEST} and sequences of at most '
+            f"{_LONGEST}, got {x.shape[-1]} and {max_seqlen}"
+        )
+    if impl in rivals.PACKAGES:
+        rivals.require_rival(name, impl, x)
+    return impl
+
+
+def _check_rest(name: str, cu_seqlens: Tensor, max_seqlen: int, *tensors: Tensor) -> int:
+    """max_seqlen as an int, if the rest is right."""
+    heads, head_size = tensors[0].shape[-2:]
+    if heads < 1 or not 8 <= head_size <= 256 or head_size % 8:
+        raise ValueError(
+            f"{name}: needs at least one head of a size from 8 to 256 in steps of 8, "
+            f"got {heads} of {head_size}"
+        )
+    for x in tensors:
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}: the last stride must be 1, got {x.stride(-1)}")
+    return check_packed(name, tensors[0], cu_seqlens, max_seqlen)

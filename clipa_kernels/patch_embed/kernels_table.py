@@ -1,0 +1,57 @@
+"""The gradient of many positions: sums of rows, sorted by index where tokens were chosen; in a
+fixed order, no atomics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import cdiv
+
+_SUM_ROWS = 8  # of a step: 16 spill on sm_100
+
+
+@triton.jit
+def _sum_sorted_kernel(
+    d_out_ptr, order_ptr, ends_ptr,
+    sums_ptr,
+    D,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """sums [rows of the table, D]: of the rows of d_out whose position it is, in their order."""
+    position = tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    start = tl.load(ends_ptr + position)
+    end = tl.load(ends_ptr + position + 1)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for first in range(start, end, BLOCK_R):
+        offs_r = first + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < end
+        row = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
+        d_out_ptrs = d_out_ptr + row[:, None] * D + offs_d[None, :]
+        d_out = tl.load(d_out_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+        acc += d_out.to(tl.float32)
+    tl.store(sums_ptr + position.to(tl.int64) * D + offs_d, tl.sum(acc, 0), mask=mask_d)
+
+
+def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
+    """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table; without keep, row s is of all
+    tokens s."""
+    batch, _, d = d_out.shape
+    if keep is None:
+        return d_out.sum(0, dtype=torch.float32)
+    index = torch.arange(prefix, device=d_out.device).expand(batch, prefix)
+    index = torch.cat((index, keep + prefix), 1)
+    index, order = index.flatten().sort(stable=True)
+    ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
+    sums = d_out.new_empty(rows, d, dtype=torch.float32)
+    block = min(256, max(16, triton.next_power_of_2(d)))
+    _sum_sorted_kernel[(rows, cdiv(d, block))](
+        d_out, order, ends,
+        sums,
+        d,
+        BLOCK_R=_SUM_ROWS, BLOCK_D=block,
+        num_warps=4,
+    )  # fmt: skip
+    return sums

@@ -1,0 +1,114 @@
+"""What a stage trains: its model, pairs and tokenizer, its batches, and a batch on the device."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clipa_kernels import Packed, block_patches, grid_patches, random_patches
+from data.batches import Batch
+from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
+from data.shards import ShardLoader, first_captions
+from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
+from models import CLIP, build
+
+from .config import Config
+from .distributed import World
+
+
+def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
+    """The CLIP of a stage, with fresh weights; vocab_size entries must fit in its token table."""
+    data, model, sizes = config.data, config.model, config.stages[stage]
+    if vocab_size > data.vocab_size:
+        raise ValueError(
+            f"build_model: vocab_size must hold the tokenizer's {vocab_size} entries, "
+            f"got {data.vocab_size}"
+        )
+    return build(
+        model.size,
+        model.patch_size,
+        dialect=model.dialect,
+        vision=dict(image_size=sizes.image_size, pool=model.pool, positions=sizes.pos_embed),
+        text=dict(context=sizes.context, vocab_size=data.vocab_size),
+        logit_scale=model.init_scale,
+        logit_bias=model.init_bias if config.optim.loss == "sigmoid" else None,
+        impl=config.run.impl,
+    )
+
+
+def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, Tokenizer]:
+    """The embedded pairs (None: shards), and the tokenizer: a checkpoint's own if there is one."""
+    pairs = load_emoji() if config.data.source == "emoji" else None
+    if saved:
+        return pairs, Tokenizer.from_json(saved["tokenizer"])
+    if config.data.tokenizer == "clip":
+        return pairs, clip_bpe()
+    if config.data.tokenizer != "wordpiece":
+        return pairs, load_tokenizer(config.data.tokenizer)
+    captions = pairs.training_captions() if pairs else first_captions(config.data.source)
+    return pairs, Tokenizer(train_wordpiece(captions, config.data.vocab_size, start=False))
+
+
+def open_batches(
+    config: Config,
+    stage: str,
+    pairs: EmojiPairs | None,
+    tokenizer: Tokenizer,
+    world: World,
+    done: int = 0,
+) -> EmojiLoader | ShardLoader:
+    """Batches of a stage from its step `done` on; pairs None: shards."""
+    sizes, first = config.stages[stage], config.first_step(stage)
+    common = dict(
+        batch_size=sizes.batch_size,
+        image_size=sizes.image_size,
+        context=sizes.context,
+        strategy=sizes.text_mask,
+        pad=config.dialect.pads_text,
+        seed=config.run.seed,
+        start_step=first + done,
+        steps=first + sizes.steps,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    if pairs is not None:
+        # On a CPU a thread that makes batches ahead takes its time from the model's.
+        common |= dict(prefetch=0 if world.device.type == "cpu" else 2)
+        forms = CAPTIONS[config.data.captions][0]
+        return EmojiLoader(pairs, tokenizer, forms=forms, augmentation=config.augment, **common)
+    return ShardLoader(
+        config.data.source,
+        tokenizer,
+        augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
+        interpolation=config.dialect.interpolation,
+        workers=config.data.workers,
+        **common,
+    )
+
+
+def to_device(
+    batch: Batch, step: int, config: Config, stage: str, device: torch.device
+) -> tuple[Tensor, Packed, Tensor | None]:
+    """Images [B, 3, S, S] as a view, packed ids, and the kept patches [B, K] (None: all)."""
+    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    ids = batch.ids.to(device, non_blocking=True)
+    text = Packed(ids, batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
+    sizes = config.stages[stage]
+    grid = (sizes.image_size // config.model.patch_size,) * 2
+    seed = config.run.seed + config.number(stage)  # each stage's masks are new ones
+    key = dict(seed=seed, step=step, first_sample=batch.first_sample, device=device)
+    if sizes.image_mask == "random":
+        return images, text, random_patches(len(images), grid, sizes.image_drop, **key)
+    if sizes.image_mask == "grid":
+        return images, text, grid_patches(len(images), grid, **key)
+    if sizes.image_mask == "block":
+        return images, text, block_patches(len(images), grid, sizes.image_drop, **key)
+    return images, text, None
+
+
+def rehearse(config: Config, stage: str, tokenizer: Tokenizer, world: World) -> None:
+    """Make one small batch: what a later stage cannot do is told before the first one trains."""
+    sizes = config.stages[stage]
+    text = tokenizer.encode(["a word"], sizes.context, strategy=sizes.text_mask)
+    image = torch.zeros(1, sizes.image_size, sizes.image_size, 3, dtype=torch.uint8)
+    to_device(Batch(image, *text, first_sample=0, skipped=0), 0, config, stage, world.device)

@@ -1,0 +1,154 @@
+"""A run from outside its loop: what the stages share, signals, the log, checkpoints, the report."""
+
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from data.batches import Batch, Fault
+from data.emoji import CAPTIONS, EmojiPairs
+from data.text import Tokenizer
+from models import CLIP, forward_flops
+
+from . import checkpoint, report
+from .config import Config
+from .distributed import World, autocast_dtype
+from .evaluation import Encoder, evaluate, table
+from .optim import learning_rate
+
+_STOPS = [  # Windows has no SIGUSR1
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
+
+
+class StopSignal:
+    """A flag that SIGTERM or SIGINT sets, so that the loop can save and leave.
+
+    SIGUSR1, which SLURM can send ahead of a time limit, counts too. A second SIGINT within the
+    block interrupts at once. Used as a context manager, in the main thread; the handlers from
+    before come back at its end.
+
+    >>> with StopSignal() as stop:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     print(stop.name)
+    SIGTERM
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __enter__(self) -> "StopSignal":
+        for number in _STOPS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@dataclass
+class Run:
+    """What the stages share."""
+
+    config: Config
+    world: World
+    stop: StopSignal
+    pairs: EmojiPairs | None  # None: shards
+    tokenizer: Tokenizer
+    log: report.JsonLines | None  # of rank 0
+    metrics: dict  # seconds and figures of each stage so far
+    shown: dict | None = None  # pictures of the last evaluation, with the names chosen
+
+    def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
+        """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
+        run = self.config.run
+        checkpoint.check_finite(model, optimizer, run.output, stage, done)
+        if self.world.is_main:
+            state = checkpoint.pack_state(
+                model,
+                optimizer,
+                self.config,
+                stage,
+                step=done,
+                tokenizer=self.tokenizer.to_json(),
+                metrics=self.metrics,
+            )
+            checkpoint.save(run.output, state, done, keep=run.keep_checkpoints)
+
+
+def log_step(
+    run: Run,
+    stage: str,
+    done: int,
+    values: dict,
+    meter: report.Meter,
+    batch: Batch,
+    model: CLIP,
+    faults: dict[str, Fault],
+) -> dict[str, float | dict | None]:
+    """Read a step's values from the device, refuse a loss that is not finite, write the line."""
+    loss = run.world.mean(values["loss"]).item()
+    if not math.isfinite(loss):
+        raise checkpoint.not_finite(
+            f"the loss must be finite, got {loss}", run.config.run.output, stage, done
+        )
+    pairs = len(batch.images)
+    image_tokens = (values["tokens"] - len(batch.ids)) // pairs
+    flops = 3 * forward_flops(model, image_tokens, len(batch.ids) / pairs)
+    dtype = autocast_dtype(run.config.run.precision, run.world.device)
+    peak = report.peak_flops(run.world.device, dtype)
+    rates = meter.read()
+    rates["mfu"] = rates["samples_per_s"] * flops / (peak * run.world.size) if peak else None
+    row = {
+        "loss": loss,
+        "lr": learning_rate(done - 1, run.config.stages[stage]),
+        "scale": values["scale"].item(),
+        "grad_norm": values["grad_norm"].item(),
+        **rates,
+        "skipped": batch.skipped,
+        # Of this process since the last line.
+        "skipped_by_kind": {kind: fault.count for kind, fault in faults.items()},
+        "peak_memory_bytes": report.peak_memory(run.world.device),
+    }
+    if run.log is not None:
+        run.log.write(stage=stage, step=done, **row)
+    return row
+
+
+def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
+    """Figures of each split after a stage; keeps the pictures for the report."""
+    dtype = autocast_dtype(run.config.run.precision, run.world.device)
+    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype)
+    began = time.perf_counter()
+    extra = (run.config.run.eval_images, run.config.run.eval_shards)
+    prompts = CAPTIONS[run.config.data.captions][1]
+    figures, run.shown = evaluate(encoder, run.pairs, prompts, *extra)
+    run.metrics["seconds"][f"{stage} evaluation"] = time.perf_counter() - began
+    return figures
+
+
+def finish(run: Run, stage: str, model: CLIP) -> None:
+    """results.json, the picture, and where all of it lies."""
+    folder = Path(run.config.run.output)
+    results = {**run.metrics, "config": asdict(run.config), "torch": torch.__version__}
+    if run.shown is None:  # a finished run that is asked again, of other sets perhaps
+        results["stages"][stage] = evaluation(run, stage, model)
+    report.write_results(folder / "results.json", results)
+    rows = report.read_rows(folder / "log.jsonl")
+    report.picture(folder / "report.png", rows=rows, results=results, **run.shown)
+    print(table(results["stages"][stage]))
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in run.metrics["seconds"].items())
+    print(f"{spent}. report.png, results.json, log.jsonl and checkpoints lie in {folder}")

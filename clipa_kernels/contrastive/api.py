@@ -186,10 +186,7 @@ def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor 
 
 def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, ...]:
     check.require_float(name, image=image, text=text)
-    scalars = {
-        "logit_scale": _as_tensor(name, image, logit_scale=logit_scale),
-        "logit_bias": None,
-    }
+    scalars = {"logit_scale": _as_tensor(name, image, logit_scale=logit_scale), "logit_bias": None}
     if logit_bias is not None:
         scalars["logit_bias"] = _as_tensor(name, image, logit_bias=logit_bias)
     check.require_same_device(name, image=image, text=text, **scalars)

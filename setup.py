@@ -28,7 +28,6 @@ train = [
 ]
 bench = [
     "pytest",
-    "pytest-xdist",
     "pytest-benchmark",
     "open_clip_torch==3.3.0",
     "timm==1.0.31",
@@ -39,6 +38,7 @@ test = [
     *train,
     "pytest",
     "pytest-xdist",
+    "pytest-benchmark",  # benches run once, untimed
     "open_clip_torch==3.3.0",
     "timm==1.0.31",
     "transformers>=5",

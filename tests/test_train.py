@@ -156,7 +156,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(whole, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(whole, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finish(
         start(tmp_path, *torchrun, stages__short__accumulate=2)
     )  # parts of a batch as well, in one stage

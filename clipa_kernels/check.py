@@ -102,7 +102,7 @@ def as_int(function: str, low: int, high: int, **named: object) -> int:
 
 def as_float(function: str, **named: object) -> float:
     """The one named value as a float: a finite number, NumPy's too, or a tensor with one, whose
-    reading waits for its device and which must need no gradient. TypeError, ValueError for others."""
+    reading waits for its device, that needs no gradient. TypeError, ValueError for others."""
     ((name, value),) = named.items()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         if value.requires_grad:

@@ -71,8 +71,8 @@ def launcher(function: _Launcher) -> _Launcher:
 
 
 def input_precision(itemsize: int) -> str:
-    """tl.dot's input_precision for elements of `itemsize` bytes: "tf32" where torch lets fp32 products
-    on CUDA use TF32. 16 bits have one form, and torch is not asked."""
+    """tl.dot's input_precision for elements of `itemsize` bytes: "tf32" where torch lets fp32
+    products on CUDA use TF32. 16 bits have one form, and torch is not asked."""
     if itemsize < 4:
         return "ieee"
     # From torch 2.9 this is what torch's own products read, and both switches set it; to ask

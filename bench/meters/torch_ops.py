@@ -1,7 +1,7 @@
 """What eager torch asks of the machine: calls, launches, bytes, matmul FLOPs and live memory.
 
 It sees every aten operator below autograd, so forward and backward alike, on any device and on
-fake tensors. Operators that Python defines (`torch.library.custom_op`) are counted by what they call.
+fake tensors. Operators that Python defines (`torch.library.custom_op`) are entered.
 """
 
 from __future__ import annotations

@@ -48,10 +48,18 @@ def _flash_masks(function: str, causal: object, window: object, max_seqlen: int)
     return causal
 
 
-def _with_probabilities(
-    out: Tensor, qk: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor, None]:
-    """What flash-attention returns for return_attn_probs without dropout."""
+def _flash(
+    function: str, inputs: tuple[Tensor, ...], cu_seqlens, max_seqlen, causal, window, scale, wanted
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """The attention of q, k and v, or of qkv, and what flash-attention adds to it where wanted."""
+    causal = _flash_masks(function, causal, window, max_seqlen)
+    scale = None if scale is None else as_float(function, softmax_scale=scale)
+    wanted = as_flag(function, return_attn_probs=wanted)
+    attend = varlen_attention_qkvpacked if len(inputs) == 1 else varlen_attention
+    out = attend(*inputs, cu_seqlens, max_seqlen, causal=causal, scale=scale)
+    if not wanted:
+        return out
+    qk = inputs[0][:, :2] if len(inputs) == 1 else torch.stack(inputs[:2], 1)
     scale = qk.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(qk.device.type, enabled=False):
         lse = plain.log_sum_exp(qk, cu_seqlens, max_seqlen, causal, scale)
@@ -118,13 +126,8 @@ def flash_attn_varlen_func(
             f"{describe(cu_seqlens_q)} with max_seqlen_q {longest}, cu_seqlens_k "
             f"{describe(cu_seqlens_k)} with max_seqlen_k {longest_k}"
         )
-    causal = _flash_masks(name, causal, window_size, longest)
-    scale = None if softmax_scale is None else as_float(name, softmax_scale=softmax_scale)
-    wanted = as_flag(name, return_attn_probs=return_attn_probs)
-    out = varlen_attention(q, k, v, cu_seqlens_q, longest, causal=causal, scale=scale)
-    if not wanted:
-        return out
-    return _with_probabilities(out, torch.stack((q, k), 1), cu_seqlens_q, longest, causal, scale)
+    options = causal, window_size, softmax_scale, return_attn_probs
+    return _flash(name, (q, k, v), cu_seqlens_q, longest, *options)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -153,19 +156,11 @@ def flash_attn_varlen_qkvpacked_func(
     """
     name = "flash_attn_varlen_qkvpacked_func"
     _refuse(
-        name,
-        dropout_p=(dropout_p, 0.0),
-        softcap=(softcap, 0.0),
-        alibi_slopes=(alibi_slopes, None),
+        name, dropout_p=(dropout_p, 0.0), softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None)
     )
     longest = as_int(name, 0, 2**31, max_seqlen=max_seqlen)
-    causal = _flash_masks(name, causal, window_size, longest)
-    scale = None if softmax_scale is None else as_float(name, softmax_scale=softmax_scale)
-    wanted = as_flag(name, return_attn_probs=return_attn_probs)
-    out = varlen_attention_qkvpacked(qkv, cu_seqlens, longest, causal=causal, scale=scale)
-    if not wanted:
-        return out
-    return _with_probabilities(out, qkv[:, :2], cu_seqlens, longest, causal, scale)
+    options = causal, window_size, softmax_scale, return_attn_probs
+    return _flash(name, (qkv,), cu_seqlens, longest, *options)
 
 
 def varlen_attention_forward(

@@ -21,9 +21,9 @@ from .. import check
 from ..check import describe
 from . import ops, plain
 from .distributed import (
+    GroupContrastive,
+    GroupSigmoid,
     gather_rows,
-    group_contrastive,
-    group_sigmoid,
     rank_and_size,
     require_same_shape,
 )
@@ -123,7 +123,7 @@ def contrastive_loss(
     check.refuse_tangents(name, image, text, logit_scale)
     scale, kernels = _scalar(logit_scale, image), impl == "triton"
     if group is not None:
-        loss = group_contrastive(image, text, scale, group, kernels)
+        loss = GroupContrastive.apply(image, text, scale, group, kernels)[0]
     else:
         loss = ops.contrastive_loss(image, text, scale, kernels)[0]
     return loss if logit_bias is None else loss + 0 * _scalar(logit_bias, image)
@@ -163,7 +163,7 @@ def sigmoid_loss(
     bias = torch.zeros_like(scale) if logit_bias is None else _scalar(logit_bias, image)
     kernels = impl == "triton"
     if group is not None:
-        return group_sigmoid(image, text, scale, bias, group, kernels)
+        return GroupSigmoid.apply(image, text, scale, bias, group, kernels)[0]
     grad, pairs = torch.is_grad_enabled(), (0, 0, image.shape[0])
     wanted = [value.requires_grad and grad for value in (image, text, scale, bias)]
     return ops.sigmoid_loss(image, text, scale, bias, wanted, *pairs, kernels)[0]
@@ -186,10 +186,7 @@ def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor 
 
 def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, ...]:
     check.require_float(name, image=image, text=text)
-    scalars = {
-        "logit_scale": _as_tensor(name, image, logit_scale=logit_scale),
-        "logit_bias": None,
-    }
+    scalars = {"logit_scale": _as_tensor(name, image, logit_scale=logit_scale), "logit_bias": None}
     if logit_bias is not None:
         scalars["logit_bias"] = _as_tensor(name, image, logit_bias=logit_bias)
     check.require_same_device(name, image=image, text=text, **scalars)

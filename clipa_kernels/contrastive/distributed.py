@@ -101,20 +101,6 @@ def gather_rows(features: Tensor, group: ProcessGroup | None) -> Tensor:
     return features if group is None else _GatherRows.apply(features, group)
 
 
-def group_contrastive(
-    image: Tensor, text: Tensor, scale: Tensor, group: ProcessGroup, kernels: bool
-) -> Tensor:
-    """The contrastive loss of this process's pairs against all."""
-    return _GroupContrastive.apply(image, text, scale, group, kernels)[0]
-
-
-def group_sigmoid(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, group: ProcessGroup, kernels: bool
-) -> Tensor:
-    """The sigmoid loss of this process's images against all texts."""
-    return _GroupSigmoid.apply(image, text, scale, bias, group, kernels)[0]
-
-
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, factor: float) -> Tensor:
@@ -182,8 +168,9 @@ def _gather_chunks(text: Tensor, group: ProcessGroup) -> list[_Chunk]:
     return chunks
 
 
-class _GroupContrastive(torch.autograd.Function):
-    """Each process makes the logits of its rows once forward and once backward."""
+class GroupContrastive(torch.autograd.Function):
+    """(loss, zero): the contrastive loss of this process's pairs against all. Each process makes
+    the logits of its rows once forward and once backward."""
 
     @staticmethod
     def forward(
@@ -235,8 +222,9 @@ class _GroupContrastive(torch.autograd.Function):
         )
 
 
-class _GroupSigmoid(torch.autograd.Function):
-    """Loss and gradients from one pass over the chunks; those of texts travel in the backward."""
+class GroupSigmoid(torch.autograd.Function):
+    """(loss, zero): the sigmoid loss of this process's images against all texts. One pass over the
+    chunks makes loss and gradients; those of texts travel in the backward."""
 
     @staticmethod
     def forward(

@@ -25,7 +25,6 @@ from .kernels_tiles import (
     LOG2E,
     PART,
     PLACES,
-    Config,
     constexprs,
     forward_config,
     is_positive,
@@ -48,10 +47,6 @@ def block_for(tiles_m: int, tiles_n: int) -> tuple[int, int]:
     while across < MOST_ACROSS and across * across < spare and across * 2 <= tiles_n:
         across *= 2
     return min(16, max(1, spare // across), tiles_m), across
-
-
-def _slots(config: Config) -> dict[str, int]:
-    return dict(SLOTS=MOST_ACROSS * config.block_n // PART.value)
 
 
 @triton.jit
@@ -322,7 +317,8 @@ def _tile_stats(
         row_lse, col_lse, rows[2],
         m, n, d, *pairs, down, across,
         x.stride(0), y.stride(0),
-        PAIRED=paired, **_slots(config), **constexprs(config, d, x.element_size()),
+        SLOTS=MOST_ACROSS * config.block_n // PART.value,
+        PAIRED=paired, **constexprs(config, d, x.element_size()),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return rows, cols, row_lse, col_lse

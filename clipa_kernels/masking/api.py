@@ -19,7 +19,7 @@ Images: keep is int64 [B, K], ascending in each row; K is known without asking t
 
 Text: captions are ragged, flat ids and lengths. keep is int64 [T'], ascending indices into the flat
 ids; a caption of at most `context` content tokens stays whole, start and end tokens are the
-caller's. The size depends on the lengths, so the host waits for a CUDA device: use it in the loader.
+caller's. The size depends on the lengths, so the host waits for a GPU: use it in the loader.
     truncate  the first tokens
     random    those with the smallest words, column = place in the caption
     block     a window whose start is uniform over all places, column 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import check
 from ..check import describe
 from ..packing import Packed
-from .ops import embed_patches, embed_tokens
+from .ops import embed_patches, embed_tokens, is_hwc
 
 Channels = Tensor | Sequence[float] | None
 
@@ -164,8 +164,7 @@ def fold_normalisation(
 
 def _in_runs(weight: Tensor, images: Tensor) -> Tensor:
     """[D, P, P, C] as the kernels take it, [D, K]: pixels in the order of memory, padded runs."""
-    hwc = images.stride(1) == 1 and images.stride(3) == images.shape[1]
-    runs = weight.flatten(2) if hwc else weight.permute(0, 3, 1, 2).flatten(1, 2)
+    runs = weight.flatten(2) if is_hwc(images) else weight.permute(0, 3, 1, 2).flatten(1, 2)
     pad = -runs.shape[-1] % 16 if images.dtype == torch.uint8 else 0
     return (F.pad(runs, (0, pad)) if pad else runs).flatten(1)
 

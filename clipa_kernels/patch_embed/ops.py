@@ -7,6 +7,11 @@ from torch import Tensor
 from ..check import once_operator
 
 
+def is_hwc(images: Tensor) -> bool:
+    """Whether a pixel's channels lie next to each other, and pixels of a row end to end."""
+    return images.stride(1) == 1 and images.stride(3) == images.shape[1]
+
+
 def _patches(images: Tensor, keep: Tensor | None, side: int) -> Tensor:
     """Pixels of the kept patches, [B, K, P * P * C] in the order (y, x, channel), a copy."""
     batch, channels, height, width = images.shape
@@ -168,11 +173,10 @@ def _tokens_gradient(ctx, dx: Tensor):
     images, keep, weight, table = ctx.saved_tensors
     dimages = None
     if ctx.needs_input_grad[0]:
-        if not (images.stride(1) == 1 and images.stride(3) == images.shape[1]):
+        weight_yxc = weight
+        if not is_hwc(images):
             pixels = weight.view(weight.shape[0], images.shape[1], -1)
             weight_yxc = pixels.transpose(1, 2).flatten(1)
-        else:
-            weight_yxc = weight
         dimages = torch.ops.clipa.patch_embed_backward_images(
             dx[:, ctx.prefix :].contiguous(), images, keep, weight_yxc, ctx.side
         )

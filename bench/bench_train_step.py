@@ -23,8 +23,8 @@ from clipa_kernels.packing import Packed
 from data.batches import Batch
 from data.emoji import FORMS, PROMPTS, EmojiLoader, EmojiPairs, load_emoji
 from data.text import Tokenizer, train_wordpiece
-from evaluate import Encoder, evaluate_emoji
 from models import CLIP, build, load_weights
+from training.evaluation import Encoder, evaluate_emoji
 
 open_clip = pytest.importorskip("open_clip")
 

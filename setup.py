@@ -57,7 +57,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["clipa_kernels*"]),
-    install_requires=["torch>=2.8", "einops"],
+    install_requires=["torch>=2.8"],
     extras_require={
         "train": train,
         "test": test,

@@ -83,10 +83,10 @@ def error(name: str, length: int | str, size: int, dtype: torch.dtype) -> float:
     """The largest error of result and gradient over the largest exact value, on few sequences."""
     lengths = lengths_of(length)[:16]
     qkv, attention = leaf(lengths, 2, size, dtype), rival(name, lengths, dtype)
-    how = cu_seqlens_of(lengths, DEVICE), max(lengths)
+    packing = cu_seqlens_of(lengths, DEVICE), max(lengths)
     causal = len(set(lengths)) > 1
     exact = step(
-        lambda x: varlen_attention_reference(*x.unbind(1), *how, causal=causal),
+        lambda x: varlen_attention_reference(*x.unbind(1), *packing, causal=causal),
         qkv.detach().double().requires_grad_(),
     )
     pairs = zip(step(attention, qkv), exact, strict=True)

@@ -175,7 +175,7 @@ def test_contrastive(benchmark, name, n, dtype):
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many processes that keep one processor each busy."""
+    """This many processes beside, each of which keeps one core busy."""
     spin = sys.executable, "-c", "while True: pass"
     running = [subprocess.Popen(spin) for _ in range(processes)]
     try:

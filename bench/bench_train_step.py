@@ -165,7 +165,7 @@ def test_samples_per_second(benchmark, dtype, batch_size):
 
 
 def accuracy(side_name: str, seed: int, samples: int, batch_size: int) -> dict[str, float]:
-    """Top-1 of a side after so many samples, all 64 tokens at evaluation; cosine to 0."""
+    """Top-1 of a side after this many samples, all 64 tokens at evaluation; cosine to 0."""
     steps = samples // batch_size
     pairs, tokenizer, loader = data(seed, steps, batch_size)
     torch.manual_seed(seed)

@@ -51,7 +51,8 @@ def require_tensor(function: str, **tensors: object) -> None:
 
 
 def require_float(function: str, **tensors: Tensor) -> None:
-    """TypeError unless every named tensor is floating point, of 16 bits or more."""
+    """TypeError unless all are tensors of floating point, of 16 bits or more."""
+    require_tensor(function, **tensors)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
@@ -78,7 +79,7 @@ def require_int(function: str, low: int, high: int, **values: object) -> tuple[i
 
 
 def require_device(function: str, device: object) -> torch.device | None:
-    """The device, None for torch's default; TypeError or ValueError where torch knows none such."""
+    """The device, None for torch's default; TypeError or ValueError for one torch does not know."""
     if device is None or isinstance(device, torch.device):
         return device
     try:
@@ -89,8 +90,8 @@ def require_device(function: str, device: object) -> torch.device | None:
 
 
 def as_int(function: str, low: int, high: int, **named: object) -> int:
-    """The one named value as an int: an integer, NumPy's too, or a tensor with one integer, which
-    waits for its device. TypeError for others, ValueError unless in [low, high)."""
+    """The one named value as an int: an integer, NumPy's too, or a tensor with one integer, whose
+    reading waits for its device. TypeError for others, ValueError unless in [low, high)."""
     ((name, value),) = named.items()
     if isinstance(value, Tensor) and value.numel() == 1 and _whole(value.dtype):
         named = {name: int(value)}
@@ -100,8 +101,8 @@ def as_int(function: str, low: int, high: int, **named: object) -> int:
 
 
 def as_float(function: str, **named: object) -> float:
-    """The one named value as a float: a finite number, NumPy's too, or a tensor with one, which
-    waits for its device and must need no gradient. TypeError, ValueError for others."""
+    """The one named value as a float: a finite number, NumPy's too, or a tensor with one, whose
+    reading waits for its device and which must need no gradient. TypeError, ValueError for others."""
     ((name, value),) = named.items()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         if value.requires_grad:

@@ -33,7 +33,7 @@ def runs_on(device: torch.device) -> bool:
 
 def require_products(function: str, operand: Tensor) -> None:
     """TypeError for bfloat16 under Triton's interpreter: its tl.dot multiplies the bit patterns, up
-    to Triton 3.8 at least. Who mends it there says so by the builder's `multiplies_bfloat16`."""
+    to Triton 3.8 at least. A mended interpreter sets its builder's `multiplies_bfloat16`."""
     if operand.dtype != torch.bfloat16 or not triton.knobs.runtime.interpret:
         return
     from triton.runtime.interpreter import interpreter_builder
@@ -55,12 +55,13 @@ def arch() -> int:
 def launcher(function: _Launcher) -> _Launcher:
     """Enters the device of the first tensor or torch.device among a launcher's arguments: Triton
     launches on the current device's stream, and compiles for its architecture, wherever the
-    tensors lie. Nothing off CUDA."""
+    tensors lie. It does nothing off CUDA."""
 
     @wraps(function)
     def on_device(*args, **kwargs):
         place = next(arg for arg in args if isinstance(arg, (Tensor, torch.device)))
         device = place.device if isinstance(place, Tensor) else place
+        # The interpreter, and drivers that take CPU tensors.
         if device.type != "cuda":
             return function(*args, **kwargs)
         with torch.cuda.device(device):
@@ -70,7 +71,7 @@ def launcher(function: _Launcher) -> _Launcher:
 
 
 def input_precision(itemsize: int) -> str:
-    """tl.dot's input_precision for elements of so many bytes: "tf32" where torch lets fp32 products
+    """tl.dot's input_precision for elements of `itemsize` bytes: "tf32" where torch lets fp32 products
     on CUDA use TF32. 16 bits have one form, and torch is not asked."""
     if itemsize < 4:
         return "ieee"
@@ -109,6 +110,7 @@ def _sum_partial_kernel(
     # [BLOCK_P, BLOCK_D]
     partial_ptrs = partial_ptr + ((offs_p * SUMS + which) * D)[:, None] + offs_d[None, :]
     acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    # One program walks all parts in order: two runs give equal bits.
     for part in range(0, parts, BLOCK_P):
         mask_p = offs_p < parts - part
         acc += tl.load(partial_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)

@@ -14,14 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .check import (
-    INTEGERS,
-    as_int,
-    describe,
-    readable,
-    require_device,
-    require_tensor,
-)
+from . import check
+from .check import describe
 
 
 class Packed(NamedTuple):
@@ -44,7 +38,7 @@ def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str | None = No
         TypeError: a length is not an integer.
         ValueError: a length is negative, or their sum is 2**31 or more.
     """
-    device = require_device("cu_seqlens_of", device)
+    device = check.require_device("cu_seqlens_of", device)
     lengths = _integers("cu_seqlens_of", lengths)
     if any(length < 0 for length in lengths):
         raise ValueError(f"cu_seqlens_of: lengths must be at least 0, got {min(lengths)}")
@@ -70,7 +64,7 @@ def pack(x: Tensor, lengths: Sequence[int]) -> Packed:
     >>> pack(torch.arange(6).view(2, 3), [1, 3]).tokens
     tensor([0, 3, 4, 5])
     """
-    require_tensor("pack", x=x)
+    check.require_tensor("pack", x=x)
     lengths = _integers("pack", lengths)
     if x.dim() < 2 or len(lengths) != x.shape[0]:
         raise ValueError(
@@ -91,7 +85,7 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
     unpack(pack(x, lengths)) equals x where x is not padding. No host-device copy.
 
     Raises:
-        TypeError: packed is no Packed, one of its parts is of another type, or fill is no number.
+        TypeError: packed is not a Packed, a part of it is of another type, or fill is not a number.
         ValueError: cu_seqlens or max_seqlen does not fit tokens, or their dtype cannot hold fill.
     """
     if not isinstance(packed, tuple) or len(packed) != 3:
@@ -111,13 +105,13 @@ def unpack(packed: Packed, fill: float = 0.0) -> Tensor:
 
 def _integers(function: str, lengths: Iterable[int]) -> list[int]:
     """The lengths as Python's integers; a tensor of them may come in place of a sequence."""
-    if hasattr(lengths, "tolist"):  # of torch or NumPy: one without dimensions has no elements
+    if hasattr(lengths, "tolist"):  # of torch or NumPy: a tensor without dimensions gives a number
         lengths = lengths.tolist()
     if not isinstance(lengths, Iterable) or isinstance(lengths, (str, bytes, Mapping, Set)):
         raise TypeError(f"{function}: lengths must be a sequence of integers, got {lengths!r}")
     whole = [n.item() if isinstance(n, Tensor) and n.numel() == 1 else n for n in lengths]
     for length in whole:
-        if isinstance(length, bool) or not isinstance(length, INTEGERS):
+        if isinstance(length, bool) or not isinstance(length, check.INTEGERS):
             raise TypeError(f"{function}: lengths must be integers, got {length!r}")
     return [int(length) for length in whole]
 
@@ -156,7 +150,7 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
 
     Values of cu_seqlens are read on the host only.
     """
-    require_tensor(function, tokens=tokens, cu_seqlens=cu_seqlens)
+    check.require_tensor(function, tokens=tokens, cu_seqlens=cu_seqlens)
     if not tokens.dim():
         raise ValueError(f"{function}: tokens must be [T, ...], got {describe(tokens)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -165,8 +159,8 @@ def check_packed(function: str, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: 
         raise ValueError(
             f"{function}: cu_seqlens must be on {tokens.device}, got {describe(cu_seqlens)}"
         )
-    max_seqlen = as_int(function, 0, 2**31, max_seqlen=max_seqlen)
-    if not readable(cu_seqlens):
+    max_seqlen = check.as_int(function, 0, 2**31, max_seqlen=max_seqlen)
+    if not check.readable(cu_seqlens):
         return max_seqlen
     lengths = cu_seqlens.diff()
     if lengths.numel() and lengths.min() < 0:

@@ -18,7 +18,7 @@ FLOORS = {
     "training": {"clipa_kernels", "models", "data"},
 }
 LIBRARY = ROOT / "clipa_kernels"
-LIBRARY_NEEDS = {"torch", "einops"}
+LIBRARY_NEEDS = {"torch"}
 # Imported where asked for by name, never needed.
 OPTIONAL = {"attention/rivals.py": {"flash_attn", "xformers"}}
 # What operations share, and what each of these may import of the library.

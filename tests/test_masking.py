@@ -183,16 +183,13 @@ def test_random_patches_keep_every_patch_and_pair_equally_often():
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (1, 6), (7, 1), (1, 1), (14, 14)])
-@pytest.mark.parametrize("corner", ["random", "top_left"])
-def test_grid_patches_take_one_of_each_window(grid, corner):
-    keep = grid_patches(50, grid, corner=corner, **KEY)
+def test_grid_patches_take_one_of_each_window(grid):
+    keep = grid_patches(50, grid, **KEY)
     row, column = keep // grid[1], keep % grid[1]
     assert row.max() < grid[0] and (keep.diff(dim=1) > 0).all()
     across = (grid[1] + 1) // 2
     windows = (row // 2 * across + column // 2).sort(dim=1).values
     assert torch.equal(windows, torch.arange((grid[0] + 1) // 2 * across).repeat(50, 1))
-    if corner == "top_left":
-        assert (row % 2 == 0).all() and (column % 2 == 0).all()
 
 
 def test_grid_patches_take_all_four_corners_equally_often():
@@ -553,12 +550,6 @@ def test_image_masks_refuse(change, error, sentence):
 
 
 def test_other_image_functions_refuse():
-    with pytest.raises(
-        ValueError, match="grid_patches: corner must be random or top_left, got 'b'"
-    ):
-        grid_patches(1, (4, 4), corner="b", **KEY)
-    with pytest.raises(ValueError, match="grid_patches: impl must be one of"):
-        grid_patches(1, (4, 4), corner="top_left", impl="cuda", **KEY)
     with pytest.raises(ValueError, match="all_patches: batch must be in .*, got -3"):
         all_patches(-3, (4, 4))
     with pytest.raises(TypeError, match="all_patches: batch must be an integer, got True"):

@@ -46,15 +46,6 @@ def test_an_empty_batch():
     assert random_patches(0, (4, 4), 0.5, seed=0, step=0, impl="triton").shape == (0, 8)
 
 
-def test_top_left_needs_no_kernel():
-    key = dict(seed=0, step=0)
-    corner = dict(corner="top_left")
-    assert torch.equal(
-        grid_patches(2, (5, 6), **corner, **key, impl="triton"),
-        grid_patches(2, (5, 6), **corner, **key, impl="torch"),
-    )
-
-
 @masks
 def test_too_many_patches_are_named(mask):
     with pytest.raises(ValueError, match='impl "triton" takes at most 1024 patches, got 1056'):

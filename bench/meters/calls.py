@@ -240,8 +240,8 @@ def loss_calls() -> Iterator[Call]:
 
 def masking_calls(batch: int = 4096) -> Iterator[Call]:
     """The three masks for the largest images, and the smallest block."""
-    how = dict(seed=0, step=0, impl="triton")
-    yield "random of 1024", partial(random_patches, batch, (32, 32), 0.75, **how)
-    yield "grid of 1024", partial(grid_patches, batch, (32, 32), **how)
-    yield "block of 1024", partial(block_patches, batch, (32, 32), 0.75, **how)
-    yield "random of 16", partial(random_patches, batch, (4, 4), 0.5, **how)
+    key = dict(seed=0, step=0, impl="triton")
+    yield "random of 1024", partial(random_patches, batch, (32, 32), 0.75, **key)
+    yield "grid of 1024", partial(grid_patches, batch, (32, 32), **key)
+    yield "block of 1024", partial(block_patches, batch, (32, 32), 0.75, **key)
+    yield "random of 16", partial(random_patches, batch, (4, 4), 0.5, **key)

@@ -222,7 +222,7 @@ def _row(launch: Launch) -> Row | RuntimeError:
 
 
 def heading(width: int) -> str:
-    """The heading of the table, with labels of `width` columns."""
+    """The line above the rows, whose labels take `width` columns."""
     return (
         f"{'launch':{width}} sm warps stages regs  spill st/ld     shared KB  blocks/SM          "
         f"  warps %  {'  '.join(TENSOR_CORE)}  load width, store width"
@@ -230,7 +230,7 @@ def heading(width: int) -> str:
 
 
 def line(row: Row, width: int) -> str:
-    """A row of the table, with a label of `width` columns."""
+    """A row below it."""
     tensor_core = "".join(f"{row.tensor_core[name]:{len(name) + 2}}" for name in TENSOR_CORE)
     widths = (
         " ".join(f"{size}:{count}" for size, count in sorted(counts.items(), reverse=True))

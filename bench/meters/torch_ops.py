@@ -1,7 +1,7 @@
 """What eager torch asks of the machine: calls, launches, bytes, matmul FLOPs and live memory.
 
 It sees every aten operator below autograd, so forward and backward alike, on any device and on
-fake tensors. Operators that Python defines (`torch.library.custom_op`) are looked into.
+fake tensors. Operators that Python defines (`torch.library.custom_op`) are counted by what they call.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCATTERS = {
 # Position of the left factor [.., M, K] among the arguments.
 MATMULS = {"_scaled_mm": 0, "addmm": 1, "addmv": 1, "baddbmm": 1, "bmm": 0, "dot": 0, "mm": 0}
 MATMULS |= {"_addmm_activation": 1, "mv": 0}
-# At least so many CUDA kernels a call, where one cannot do: the gradient of the input and those of
+# CUDA kernels a call, at least, where one is not enough: the gradient of the input and those of
 # the parameters (ATen/native/cuda/layer_norm_kernel.cu), a sort and a sum (Embedding.cu).
 LAUNCHES = {"native_layer_norm_backward": 2, "embedding_dense_backward": 2}
 # Namespaces of what moves no memory here: wire.py counts collectives; fake tensors ask for `prim`,

@@ -67,8 +67,8 @@ def timm_bf16(sequences: int) -> Count:
     """timm's block, in bf16 throughout."""
     from timm.models.vision_transformer import Block
 
-    how = dict(qkv_bias=True, dtype=torch.bfloat16)
-    return _eager(lambda: Block(WIDTH, HEADS, **how), sequences, amp=False)
+    options = dict(qkv_bias=True, dtype=torch.bfloat16)
+    return _eager(lambda: Block(WIDTH, HEADS, **options), sequences, amp=False)
 
 
 def _eager(make: Callable[[], nn.Module], sequences: int, amp: bool) -> Count:

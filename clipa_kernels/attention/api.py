@@ -10,18 +10,8 @@ and backward nothing is kept but the inputs; the probabilities are computed agai
 import torch
 from torch import Tensor
 
-from ..check import (
-    as_flag,
-    as_float,
-    autocast_dtype,
-    choose_impl,
-    describe,
-    refuse_tangents,
-    require_float,
-    require_same_device,
-    require_same_dtype,
-    require_tensor,
-)
+from .. import check
+from ..check import describe
 from ..packing import check_packed
 from . import ops, rivals
 
@@ -90,29 +80,24 @@ def varlen_attention(
             requires grad.
         ValueError: shapes or devices that disagree, D not a multiple of 8 from 8 to 256, a last
             stride that is not 1, cu_seqlens that falls or does not end at T, max_seqlen too small
-            (cu_seqlens on a GPU is not looked into: that would wait for the device; the kernels
-            leave tokens past max_seqlen out), an unknown impl, a size beyond its limits.
+            (the values of cu_seqlens are not checked on a GPU, which would wait for the device; the
+            kernels leave out tokens past max_seqlen), an unknown impl, a size beyond its limits.
         RuntimeError: an impl that is not installed or does not run on these tensors, a second
             derivative or one in forward mode of any but "reference".
     Source: flash_attn.flash_attn_varlen_func of flash-attention 2.8.
     """
     name = "varlen_attention"
-    require_tensor(name, q=q, k=k, v=v)
-    require_float(name, q=q, k=k, v=v)
-    require_same_dtype(name, q=q, k=k, v=v)
+    check.require_float(name, q=q, k=k, v=v)
+    check.require_same_dtype(name, q=q, k=k, v=v)
     if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
         came = ", ".join(describe(t) for t in (q, k, v))
         raise ValueError(f"{name}: q, k and v must be [T, H, D], all alike, got {came}")
-    require_same_device(name, q=q, k=k, v=v)
-    max_seqlen = _check_rest(name, cu_seqlens, max_seqlen, q, k, v)
-    causal = as_flag(name, causal=causal)
-    scale = q.shape[-1] ** -0.5 if scale is None else as_float(name, scale=scale)
-    impl = _choose(name, impl, q, cu_seqlens.shape[0] - 1, max_seqlen)
+    check.require_same_device(name, q=q, k=k, v=v)
+    impl, *rest = _check_rest(name, impl, cu_seqlens, max_seqlen, causal, scale, q, k, v)
     if impl == "torch":
-        refuse_tangents(name, q, k, v)
-        qkv = torch.stack((q, k, v), 1)
-        return ops.attention_packed(qkv, cu_seqlens, max_seqlen, causal, scale)
-    return _separate(impl, q, k, v, cu_seqlens, max_seqlen, causal, scale)
+        check.refuse_tangents(name, q, k, v)
+        return ops.attention_packed(torch.stack((q, k, v), 1), cu_seqlens, *rest)
+    return _separate(impl, q, k, v, cu_seqlens, *rest)
 
 
 def varlen_attention_qkvpacked(
@@ -136,41 +121,27 @@ def varlen_attention_qkvpacked(
     Source: flash_attn.flash_attn_varlen_qkvpacked_func of flash-attention 2.8.
     """
     name = "varlen_attention_qkvpacked"
-    require_tensor(name, qkv=qkv)
-    require_float(name, qkv=qkv)
+    check.require_float(name, qkv=qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{name}: qkv must be [T, 3, H, D], got {describe(qkv)}")
-    max_seqlen = _check_rest(name, cu_seqlens, max_seqlen, qkv)
-    causal = as_flag(name, causal=causal)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else as_float(name, scale=scale)
-    impl = _choose(name, impl, qkv, cu_seqlens.shape[0] - 1, max_seqlen)
+    impl, *rest = _check_rest(name, impl, cu_seqlens, max_seqlen, causal, scale, qkv)
     if impl in ("torch", "triton"):
-        refuse_tangents(name, qkv)
-        how = max_seqlen, causal, scale, impl == "triton"
-        return ops.attention_packed(qkv, cu_seqlens, *how)
-    return _separate(impl, *qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
+        check.refuse_tangents(name, qkv)
+        return ops.attention_packed(qkv, cu_seqlens, *rest, impl == "triton")
+    return _separate(impl, *qkv.unbind(1), cu_seqlens, *rest)
 
 
-def _separate(
-    impl: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-) -> Tensor:
+def _separate(impl: str, q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """The implementations that take three tensors; in their dtype also under autocast."""
     args = q, k, v, cu_seqlens, max_seqlen
-    if autocast_dtype(q.device) is not None:
+    if check.autocast_dtype(q.device) is not None:
         with torch.autocast(q.device.type, enabled=False):
             return _separate(impl, *args, causal, scale)
     if impl == "reference":
         return varlen_attention_reference(*args, causal=causal, scale=scale)
     if impl == "sdpa":
         return rivals.sdpa(*args, causal, scale)
-    refuse_tangents("varlen_attention", q, k, v)
+    check.refuse_tangents("varlen_attention", q, k, v)
     if impl == "triton":
         return ops.attention(*args, causal, scale)
     q, k, v = rivals.differentiated_once(q, k, v)
@@ -186,13 +157,13 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     """
     fits = x.shape[-1] <= _WIDEST and max_seqlen <= _LONGEST
     if isinstance(impl, str) and impl == "auto":
-        if fits and choose_impl(name, impl, _IMPLS, x) == "triton":
+        if fits and check.choose_impl(name, impl, _IMPLS, x) == "triton":
             return "triton"
         if x.device.type != "cpu":
             return "sdpa"
         equal = x.shape[0] == batch * max_seqlen
         return "torch" if not equal or x.dtype.itemsize == 2 else "sdpa"
-    impl = choose_impl(name, impl, _IMPLS, x)
+    impl = check.choose_impl(name, impl, _IMPLS, x)
     if impl == "triton" and not fits:
         raise ValueError(
             f'{name}: impl "triton" takes heads of at most {_WIDEST} and sequences of at most '
@@ -203,8 +174,10 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     return impl
 
 
-def _check_rest(name: str, cu_seqlens: Tensor, max_seqlen: int, *tensors: Tensor) -> int:
-    """max_seqlen as an int, if the rest is right."""
+def _check_rest(
+    name: str, impl: str, cu_seqlens, max_seqlen, causal, scale, *tensors: Tensor
+) -> tuple[str, int, bool, float]:
+    """The implementation to run, max_seqlen, causal and scale, once all have been checked."""
     heads, head_size = tensors[0].shape[-2:]
     if heads < 1 or not 8 <= head_size <= 256 or head_size % 8:
         raise ValueError(
@@ -214,4 +187,8 @@ def _check_rest(name: str, cu_seqlens: Tensor, max_seqlen: int, *tensors: Tensor
     for x in tensors:
         if x.stride(-1) != 1:
             raise ValueError(f"{name}: the last stride must be 1, got {x.stride(-1)}")
-    return check_packed(name, tensors[0], cu_seqlens, max_seqlen)
+    max_seqlen = check_packed(name, tensors[0], cu_seqlens, max_seqlen)
+    causal = check.as_flag(name, causal=causal)
+    scale = head_size**-0.5 if scale is None else check.as_float(name, scale=scale)
+    impl = _choose(name, impl, tensors[0], cu_seqlens.shape[0] - 1, max_seqlen)
+    return impl, max_seqlen, causal, scale

@@ -80,14 +80,14 @@ def flash_attn_varlen_func(
 
     Args:
         q, k, v: [T, H, D] with as many heads each.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], of equal values (on a GPU not looked into).
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], of equal values (not checked on a GPU).
         max_seqlen_q, max_seqlen_k: tokens of the longest sequence, equal; as in varlen_attention.
         softmax_scale, causal: as scale and causal in varlen_attention.
         window_size: (-1, -1); or (left, right) that hide nothing else: both at least
             max_seqlen - 1, or right 0, which is causal.
         deterministic: any; the result always is.
         return_attn_probs: also return the log-sum-exp of the scores, as flash-attention does. It is
-            made apart, in plain torch: the scores once more, and on a GPU a wait for the lengths.
+            computed in plain torch, from scores made again; on a GPU this waits for the lengths.
         dropout_p, softcap: 0 or None. alibi_slopes, block_table: None.
     Returns:
         [T, H, D]; with return_attn_probs (that, the log-sum-exp [H, T] in fp32 without gradient,
@@ -189,17 +189,18 @@ def varlen_attention_forward(
         model.set_attn_implementation("clipa")
 
     Without the second, transformers passes no mask, and padding is attended to. sdpa_mask shows all
-    that a model hides, so that what is not padding or causal is refused; flash_attention_mask shows
-    padding alone, and SigLIP 2's pooling, which is not done here, misreads it.
+    that a model hides, so a mask that hides anything but padding and later tokens can be refused;
+    flash_attention_mask shows padding alone, and SigLIP 2's pooling, which runs outside, misreads
+    it.
 
     Args:
         module: its is_causal counts where is_causal is None; a module without is not causal.
         query, key, value: [B, H, S, D].
         attention_mask: None; [B, S], 0 where a token is padding; or boolean [B, 1, S, S], padding
-            with or without causality, which then counts. With a mask the device is waited for, for
-            the number of tokens and what the mask hides. Rows of padding are 0 with [B, S], as in
-            flash-attention, and with the other what sdpa makes of them, padded: SigLIP pools the
-            last token of its texts, padding or not.
+            with or without causality, which then counts. With a mask the host waits for the
+            device, for the number of tokens and for what the mask hides. Rows of padding are 0 with
+            [B, S], as in flash-attention, and with the other what sdpa returns for them: SigLIP
+            pools the last token of its texts, padding or not.
         dropout: 0. scaling: None is D ** -0.5.
         kwargs: sliding_window must be None or at least S; softcap, position_bias, s_aux,
             cu_seq_lens_q and cu_seq_lens_k None; others change no result and are not used.

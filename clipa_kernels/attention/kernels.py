@@ -4,7 +4,7 @@
             64 rows, or several of 8 tokens and fewer under a block-diagonal mask. Softmax needs no
             rescaling. The backward makes scores and statistics again, rowsum(P * dP) instead of
             rowsum(O * dO), so q, k, v and dO are read once and each gradient is written once.
-    long    see attention_long.py
+    long    see kernels_long.py
 
 Short attention is bound by memory, L / 2 operations a byte, so the empty part of a tile is nearly
 free. q, k, v are read where they lie, by strides, and gradients are written likewise: packed
@@ -62,10 +62,12 @@ def _probabilities(
     columns = offs[None, :]
     seen = columns < length
     if PACK > 1:
+        # Block-diagonal: sequences that share a tile do not see each other.
         seen = seen & (rows // max_seqlen == columns // max_seqlen)
     if IS_CAUSAL:
         seen = seen & (columns <= rows)
     s = tl.where(seen, s * scale, -float("inf"))
+    # Where a row sees no key, -inf less -inf would be NaN.
     high = tl.maximum(tl.max(s, 1), LOWEST)
     p = tl.exp(s - high[:, None])
     # The largest is 1, so a sum below 1 is that of a row without keys.
@@ -123,6 +125,7 @@ def _attention_short_fwd_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one tile; strides in UNIT elements."""
+    # Heads first: in a packed row the heads of a token lie next to each other.
     turn = turn_of(tl.program_id(0) % H, CHUNKS, HEAD_DIM)
     head = (tl.program_id(0) % H).to(tl.int64) * UNIT
     first, length = sequence(
@@ -142,6 +145,7 @@ def _attention_short_fwd_kernel(
         offs_m, mask_m, stride_kt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION,
     )  # fmt: skip
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
+    # Only now, so that v takes no registers while the scores are made.
     v = load_rows(
         v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
         CHUNKS, HEAD_DIM,
@@ -198,6 +202,7 @@ def _attention_short_bwd_kernel(
         do, v_ptr + token * stride_vt + head * stride_vh,
         offs_m, mask_m, stride_vt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION,
     )  # fmt: skip
+    # rowsum(P * dP) is rowsum(O * dO), and O is not there.
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q[0].dtype)
     if not APART:  # one chunk: earlier it takes a block from sm_80
         _store_product(
@@ -221,6 +226,7 @@ def forward(
     """[T, H, D] in q's dtype, contiguous."""
     q, k, v = (within_reach(t, max_seqlen) for t in (q, k, v))
     cu_seqlens = cu_seqlens.contiguous()
+    # empty_like would keep the order of strides of a transposed q.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
@@ -233,6 +239,7 @@ def forward(
             q, k, v, cu_seqlens,
             out,
             q.shape[0], q.shape[1], max_seqlen,
+            # A constant UNIT tells Triton that rows are aligned, whatever the strides are.
             *(s // unit for t in (q, k, v, out) for s in t.stride()[:2]),
             scale,
             **launch,

@@ -82,13 +82,15 @@ def _attention_long_fwd_kernel(
         CHUNKS, HEAD_DIM,
     )  # fmt: skip
     o = zeros(BLOCK_M, CHUNKS)
+    # Not -inf: where a row sees no key, exp(-inf + inf) would be NaN.
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     end = length
     if IS_CAUSAL:
+        # Keys after the block's last query are seen by none of it.
         end = tl.minimum(length, start_m + BLOCK_M)
     if start_m >= length:
-        end = 0
+        end = 0  # a shorter sequence: the block stores nothing
     for start_n in range(0, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
@@ -127,6 +129,8 @@ def _query_block(
     do = load_rows(do_ptr, offs_m, mask_m, stride_o, turn, CHUNKS, HEAD_DIM)
     m_i = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # delta sums P * dP, a_sum the same less the centre; a and b those weights times K. All are
+    # rescaled as the maximum rises, so dQ is put together after the last key.
     delta = tl.zeros([BLOCK_M], dtype=tl.float32)
     a_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     centre = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -186,6 +190,7 @@ def _key_block(
     dv = zeros(BLOCK_N, CHUNKS)
     begin = 0
     if IS_CAUSAL:
+        # Queries before the block's first key see none of it.
         begin = start_n // BLOCK_M * BLOCK_M
     for start_m in range(begin, length, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -198,6 +203,7 @@ def _key_block(
         seen = mask_n[:, None] & mask_m[None, :]
         if IS_CAUSAL:
             seen = seen & (offs_n[:, None] <= offs_m[None, :])
+        # Masked after the exponential, which may be inf in rows beyond the length.
         p = tl.where(seen, tl.exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
         dv = accumulate(dv, p, do, PRECISION)
         dp = inner(v, do, PRECISION)
@@ -210,6 +216,7 @@ def _key_block(
 @triton.jit
 def _put(all_rows, start, block, LMAX: tl.constexpr, BLOCK: tl.constexpr):
     """all_rows [LMAX] with block [BLOCK] at start."""
+    # Registers take no index: each place picks the old value or the new one.
     place = tl.arange(0, LMAX) - start
     here = (place >= 0) & (place < BLOCK)
     return tl.where(here, tl.gather(block, tl.where(here, place, 0), 0), all_rows)
@@ -250,8 +257,10 @@ def _attention_long_bwd_kernel(
     lse = tl.zeros([LMAX], dtype=tl.float32)
     delta = tl.zeros([LMAX], dtype=tl.float32)
     full = length
+    # Constant for a launch: without a tail the second body is not compiled.
     if TAIL > 0:
         full = length // BLOCK * BLOCK
+    # All queries first: a block of keys needs the statistics of every query.
     for start_m in range(0, full, BLOCK):
         lse_i, d_i = _query_block(
             q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr,
@@ -340,6 +349,7 @@ def long_backward(
     config = config_for(max_seqlen, head_dim, size)
     uniform, unit = total == batch * max_seqlen, stride_unit(q, k, v, do, *grads)
     if total:
+        # One program a sequence and head: no gradient has two writers.
         _attention_long_bwd_kernel[(batch * heads,)](
             q, k, v, cu_seqlens, do,
             *grads,

@@ -16,7 +16,7 @@ from ..launch import cdiv, input_precision
 
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 # Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
-# products are made by the FMA units, from registers, which a tile of 32 rows has not got.
+# products are made by the FMA units, from registers, of which a tile of 32 rows needs too many.
 SHORT = {2: 64, 4: 16}
 
 
@@ -145,7 +145,7 @@ def store_chunk(
 
 
 # Rows of a head are a tuple of chunks, which grows in unrolled loops: Triton 3.4 compiles no
-# comprehension. Nor does it, or 3.6, pass on a tuple taken out of CHUNKS: hence INDEX.
+# comprehension. Neither 3.4 nor 3.6 passes on a tuple taken out of CHUNKS: hence INDEX.
 
 
 @triton.jit

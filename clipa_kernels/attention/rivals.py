@@ -1,4 +1,7 @@
-"""Others' attention behind the contract of varlen_attention; what is not torch's is optional."""
+"""Others' attention behind the contract of varlen_attention; what is not torch's is optional.
+
+Each function takes varlen_attention's arguments, checked, and is named as its impl.
+"""
 
 from importlib.util import find_spec
 
@@ -49,9 +52,7 @@ class _Once(torch.autograd.Function):
         return grads
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
+def sdpa(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """Torch's scaled_dot_product_attention over the padded batch."""
     if q.shape[0] == 0:
         return q + k + v
@@ -76,9 +77,7 @@ def sdpa(
     return out[sequence, rows - cu_seqlens[sequence]]
 
 
-def varlen_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
+def varlen_attn(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """Torch's own attention of packed sequences."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -87,9 +86,7 @@ def varlen_attn(
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window)
 
 
-def flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
+def flash_attn(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """flash-attention 2."""
     from flash_attn import flash_attn_varlen_func
 
@@ -97,9 +94,7 @@ def flash_attn(
     return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=causal)
 
 
-def xformers(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
+def xformers(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """xformers' memory_efficient_attention; its mask is made from lengths on the host."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask

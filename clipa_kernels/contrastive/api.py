@@ -17,17 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import (
-    as_float,
-    autocast_dtype,
-    choose_impl,
-    describe,
-    refuse_tangents,
-    require_float,
-    require_same_device,
-    require_same_dtype,
-    require_tensor,
-)
+from .. import check
+from ..check import describe
 from . import ops, plain
 from .distributed import (
     gather_rows,
@@ -125,11 +116,11 @@ def contrastive_loss(
     name = "contrastive_loss"
     image, text, *scalars = _checked(name, image, text, logit_scale, logit_bias, group)
     logit_scale, logit_bias = scalars
-    impl = choose_impl(name, impl, _IMPLS, image)
+    impl = check.choose_impl(name, impl, _IMPLS, image)
     if impl == "reference":
         loss = contrastive_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(plain.compute_dtype(image))
-    refuse_tangents(name, image, text, logit_scale)
+    check.refuse_tangents(name, image, text, logit_scale)
     scale, kernels = _scalar(logit_scale, image), impl == "triton"
     if group is not None:
         loss = group_contrastive(image, text, scale, group, kernels)
@@ -163,11 +154,11 @@ def sigmoid_loss(
     name = "sigmoid_loss"
     image, text, *scalars = _checked(name, image, text, logit_scale, logit_bias, group)
     logit_scale, logit_bias = scalars
-    impl = choose_impl(name, impl, _IMPLS, image)
+    impl = check.choose_impl(name, impl, _IMPLS, image)
     if impl == "reference":
         loss = sigmoid_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(plain.compute_dtype(image))
-    refuse_tangents(name, image, text, logit_scale, logit_bias)
+    check.refuse_tangents(name, image, text, logit_scale, logit_bias)
     scale = _scalar(logit_scale, image)
     bias = torch.zeros_like(scale) if logit_bias is None else _scalar(logit_bias, image)
     kernels = impl == "triton"
@@ -194,15 +185,14 @@ def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor 
 
 
 def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, ...]:
-    require_tensor(name, image=image, text=text)
-    require_float(name, image=image, text=text)
+    check.require_float(name, image=image, text=text)
     scalars = {
         "logit_scale": _as_tensor(name, image, logit_scale=logit_scale),
         "logit_bias": None,
     }
     if logit_bias is not None:
         scalars["logit_bias"] = _as_tensor(name, image, logit_bias=logit_bias)
-    require_same_device(name, image=image, text=text, **scalars)
+    check.require_same_device(name, image=image, text=text, **scalars)
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(
             f"{name}: image and text must both be [M, E], "
@@ -210,10 +200,10 @@ def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, .
         )
     if image.numel() == 0:
         raise ValueError(f"{name}: at least one pair of features is needed, got {describe(image)}")
-    dtype = autocast_dtype(image.device)
+    dtype = check.autocast_dtype(image.device)
     if dtype is not None and torch.float64 not in (image.dtype, text.dtype):
         return image.to(dtype), text.to(dtype), *scalars.values()
-    require_same_dtype(name, image=image, text=text)
+    check.require_same_dtype(name, image=image, text=text)
     return image, text, *scalars.values()
 
 
@@ -221,9 +211,9 @@ def _as_tensor(function: str, features: Tensor, **named: object) -> Tensor:
     """The one named scalar as a tensor [] or [1]; a number becomes one beside the features."""
     ((name, value),) = named.items()
     if not isinstance(value, Tensor):
-        value = as_float(function, **named)
+        value = check.as_float(function, **named)
         return features.new_full((), value, dtype=plain.compute_dtype(features))
-    require_float(function, **named)
+    check.require_float(function, **named)
     if value.shape not in ((), (1,)):
         raise ValueError(f"{function}: {name} must be [] or [1], got {describe(value)}")
     return value

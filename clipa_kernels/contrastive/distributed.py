@@ -20,8 +20,8 @@ from . import ops, plain
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Chunks that texts travel in: at most so many, each of at least so many rows a process, for a
-# chunk's tiles must fill the device.
+# Chunks that texts travel in: at most _CHUNKS, each of at least _CHUNK_ROWS rows a process, since
+# the tiles of a chunk must fill the device.
 _CHUNKS, _CHUNK_ROWS = 4, 512
 
 
@@ -151,7 +151,7 @@ class _SumRows(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Texts from begin to end of every process, [W (end - begin), E], once work is waited for."""
+    """Texts from begin to end of every process, [W (end - begin), E], valid after wait()."""
 
     begin: int
     end: int
@@ -302,7 +302,7 @@ def _exchange(rows: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _ReduceScatter:
-    """[N, ...] summed over the processes, the own [M, ...] of it, once waited for.
+    """[N, ...] summed over the processes, the own [M, ...] of it, from wait().
 
     Each process gets its rows from all and adds them in fp32: what travels is no more than a ring's
     reduce-scatter sends, and 16-bit gradients are rounded once, not at each hop.

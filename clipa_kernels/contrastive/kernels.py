@@ -6,7 +6,7 @@
                N^2 / 200 floats in all, into loss, divisors and, from the means, the scale's slope.
     backward   the tile again, and G, its gradient, of a strip of rows in the features' dtype; two
                products with fp32 accumulation turn a strip into dX and dY: the library's, but for
-               the last dY of several in 16 bits, see contrastive_grads.py.
+               the last dY of several in 16 bits, see kernels_grads.py.
 
 Every operand tile is read from memory as it lies, nothing is transposed or copied. 8 N^2 D
 operations in all, the least that keeps no N x N. Positives are kept apart from negatives, as in
@@ -44,6 +44,7 @@ def block_for(tiles_m: int, tiles_n: int) -> tuple[int, int]:
     """Tiles that a forward program walks, (down, across): fewer partial sums to merge."""
     spare = max(1, tiles_m * tiles_n // _PROGRAMS)
     across = 1
+    # Near squares have the least border, and partial sums lie on the border.
     while across < MOST_ACROSS and across * across < spare and across * 2 <= tiles_n:
         across *= 2
     return min(16, max(1, spare // across), tiles_m), across
@@ -65,6 +66,7 @@ def _sums(s, cosine, AXIS: tl.constexpr):
 def _merge(high, total, moment, other_high, other_total, other_moment):
     """Two of what _sums makes as one."""
     top = tl.maximum(high, other_high)
+    # No exponent is above 0, so nothing overflows.
     own, other = tl.exp2(high - top), tl.exp2(other_high - top)
     return top, total * own + other_total * other, moment * own + other_moment * other
 
@@ -100,6 +102,7 @@ def _part_stats(
         column = offs_m + first
         here = (offs_m >= begin) & (offs_m < end) & (offs_m < M)
         here = here & (column >= start_n) & (column < start_n + PART)
+        # One part of one tile holds a row's pair: no other program writes there.
         tl.store(positive_ptr + offs_m, tl.sum(tl.where(pair, cosine, 0.0), 1), mask=here)
         s = tl.where(pair, -float("inf"), s)
     s = tl.where(inside, s, -float("inf"))
@@ -109,6 +112,7 @@ def _part_stats(
     high, total, moment = _merge(
         col_high, col_sum, col_moment, high[None, :], total[None, :], moment[None, :]
     )
+    # Registers take no index: every slot is merged, and one is kept.
     own = (tl.arange(0, SLOTS) == slot)[:, None]
     col_high, col_sum = tl.where(own, high, col_high), tl.where(own, total, col_sum)
     return row_high, row_sum, row_moment, col_high, col_sum, tl.where(own, moment, col_moment)
@@ -141,6 +145,7 @@ def _contrastive_fwd_kernel(
     col_high = tl.full([SLOTS, PART], LOWEST, dtype=tl.float32)
     col_sum = tl.zeros([SLOTS, PART], dtype=tl.float32)
     col_moment = tl.zeros([SLOTS, PART], dtype=tl.float32)
+    # Row sums end with a row of tiles; column sums stay in registers down the block.
     for i in range(tl.minimum(down, rows_left)):
         offs_m = (block_m * down + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_high = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
@@ -166,6 +171,7 @@ def _contrastive_fwd_kernel(
         )  # fmt: skip
     slots = tl.arange(0, SLOTS)[:, None]
     offs_n = block_n * across * BLOCK_N + slots * PART + tl.arange(0, PART)[None, :]
+    # Slots past the block's width were never filled: their columns are the next block's.
     mask_n = (offs_n < N) & (offs_n < (block_n + 1) * across * BLOCK_N)
     _store_sums(
         col_lse_ptr, block_m, blocks_m, offs_n, N, mask_n,
@@ -191,6 +197,7 @@ def _merged(
         lse = tl.load(lse_ptrs, mask=mask_p, other=-float("inf"))
         mean = tl.load(lse_ptrs + plane, mask=mask_p, other=0.0)
         more = tl.maximum(tl.max(lse, 0), LOWEST)
+        # exp2 of a log-sum-exp is the sum under the common maximum; PAIRED keeps sums as they are.
         weights = tl.exp2(lse - more[None, :])
         if PAIRED:
             weights *= tl.load(lse_ptrs + 2 * plane, mask=mask_p, other=0.0)
@@ -210,6 +217,7 @@ def _finish_half(
     positive, -n / (n + p): [BLOCK] each."""
     high, total, moment = _merged(lse_ptr, offs, mask, n, parts, PAIRED, BLOCK, PARTS)
     bits = positive * scale
+    # x = log(n / p), and log(1 + e^x) as softplus, which overflows on neither side.
     x = (high - bits) * LN2 + tl.log(total)
     # NaN, not a loss of 0, where the positive is infinite.
     loss = tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))) + bits * 0.0
@@ -306,6 +314,7 @@ def _tile_stats(
     blocks_m, blocks_n = cdiv(tiles_m, down), cdiv(tiles_n, across)
     rows, cols = scale.new_empty(3, m), scale.new_empty(2, n)
     paired = image.element_size() == 4
+    # fp32 features keep (maximum, mean, sum), 16 bits (log-sum-exp, mean): see _store_sums.
     row_lse = scale.new_empty(2 + paired, blocks_n, m)
     col_lse = scale.new_empty(2 + paired, blocks_m, n)
     _contrastive_fwd_kernel[(blocks_m * blocks_n,)](
@@ -319,14 +328,8 @@ def _tile_stats(
     return rows, cols, row_lse, col_lse
 
 
-def _merge_launch(
-    partial: list[Tensor],
-    scale: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    pairs: tuple[int, int, int],
-    sums: tuple[Tensor, Tensor] | None,
-) -> None:
+def _merge_launch(partial, scale, rows, cols, pairs, sums: tuple[Tensor, Tensor] | None) -> None:
+    """Fills rows and cols from the partial sums of _tile_stats; sums: loss and slope, if wanted."""
     row_lse, col_lse = partial
     (planes, row_parts, m), (_, col_parts, n) = row_lse.shape, col_lse.shape
     # One program for the loss: its sum is final, at a launch less than a second level.

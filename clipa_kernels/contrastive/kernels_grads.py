@@ -61,6 +61,7 @@ def _sigmoid_part(cosine, scale, bias, pair, inside):
     """(G of a part of a tile, the sum of its losses)."""
     s = scale * cosine + bias
     s = tl.where(pair, -s, s)
+    # At most 1, so neither the loss nor the quotient below overflows.
     e = tl.exp(-tl.abs(s))
     # Over both axes at once: one after the other, Triton 3.6 fails on sm_100.
     loss = tl.sum(tl.where(inside, tl.maximum(s, 0.0) + log1p(e), 0.0))
@@ -114,6 +115,7 @@ def _contrastive_bwd_kernel(
         factor = weight * d_loss
         if slope_ptr is not None:
             factor = scale * factor
+            # The forward knows the slope: one program of the first strip multiplies it.
             if (tl.program_id(0) == 0) & (row0 == 0):
                 tl.store(d_scale_ptr, tl.load(slope_ptr) * d_loss)
     parts = narrow_parts(cosine, BLOCK_M, BLOCK_N)
@@ -132,6 +134,7 @@ def _contrastive_bwd_kernel(
             g = _softmax_part(
                 parts[part], scale, row_shift, by_row, positive, pair, cols_ptr, offs_n, N, PAIRED
             )
+        # A logit beyond M or N is 0, its G is not: it would count in sums and the last product.
         g = tl.where(inside, g, 0.0)
         if g_ptr is not None:
             tl.store(g_ptrs, (g * factor).to(g_ptr.dtype.element_ty), mask=stored)
@@ -140,6 +143,7 @@ def _contrastive_bwd_kernel(
             d_scale += tl.sum(g * parts[part])
             d_bias += tl.sum(g)
     if sums_ptr is not None:
+        # A place for each tile, and no atomics: torch adds them in a fixed order.
         part_ptr = sums_ptr + 3 * (part0 + tl.program_id(0))
         tl.store(part_ptr, loss)
         tl.store(part_ptr + 1, d_scale)
@@ -177,6 +181,7 @@ def _last_product_kernel(
         g_ptrs += BLOCK_K * stride_gm
         x_ptrs += BLOCK_K * stride_xm
     parts = narrow_parts(acc, BLOCK_M, BLOCK_N)
+    # 64 bits for the tile's corner alone: offsets within a tile fit in 32.
     place = tl.cast(start_m, tl.int64) * D + start_n
     for part in tl.static_range(BLOCK_N // PART):
         # Four columns a thread, 16 bytes of the total: of eight, a load takes half of each sector.
@@ -247,6 +252,7 @@ def sigmoid_pass(
     loss, d_scale, d_bias = (sums.sum(0) * weight).unbind()
     factor = scale * weight
     return (
+        # An operator must not return views of one tensor.
         loss.clone(),
         d_image.mul_(factor) if wanted[0] else None,
         d_text.mul_(factor) if wanted[1] else None,
@@ -270,8 +276,10 @@ def _strip_pass(
     (m, d), n = x.shape, y.shape[0]
     config = config_for(d, x.element_size(), arch())
     strips = cdiv(m, STRIP_ROWS[x.element_size()])
+    # Strips of nearly one height in whole tiles: the last is no sliver.
     height = cdiv(cdiv(m, strips), config.block_m) * config.block_m
     tiles_n, pitch = cdiv(n, config.block_n), cdiv(n, 16) * 16
+    # One buffer for all strips: the next is written after the products of the last are done.
     g = x.new_empty(min(height, m), pitch) if wanted[0] or wanted[1] else None
     d_image = x.new_empty(m, d, dtype=dtype) if wanted[0] else None
     d_text = None

@@ -11,8 +11,8 @@ from ..launch import LOG2_E, input_precision
 LOG2E = tl.constexpr(LOG2_E)
 LN2 = tl.constexpr(1 / LOG2_E)
 PART = tl.constexpr(32)  # columns of a tile that the work on logits takes at a time
-# Where the pairs lie. Like counts of tiles and parts they align no address: not specialised, one
-# kernel fits all values, and none becomes a constant, as Triton makes of an integer that is 1.
+# Where the pairs lie. Not specialised, like counts of tiles and parts: no address depends on their
+# alignment, so one kernel serves all values, and none becomes a constant, as an integer 1 does.
 PLACES = ("first", "begin", "end")
 
 

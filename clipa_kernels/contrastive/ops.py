@@ -16,21 +16,21 @@ from . import plain
 def _forward(kernels: bool, image: Tensor) -> ModuleType:
     if not kernels:
         return plain
-    from .. import launch as common
-    from . import kernels as contrastive
+    from ..launch import require_products
+    from . import kernels as tiles
 
-    common.require_products("contrastive_loss", image)
-    return contrastive
+    require_products("contrastive_loss", image)
+    return tiles
 
 
 def _backward(kernels: bool, image: Tensor, function: str = "contrastive_loss") -> ModuleType:
     if not kernels:
         return plain
-    from .. import launch as common
-    from . import kernels_grads as contrastive_grads
+    from ..launch import require_products
+    from . import kernels_grads
 
-    common.require_products(function, image)
-    return contrastive_grads
+    require_products(function, image)
+    return kernels_grads
 
 
 def _or_empty(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:

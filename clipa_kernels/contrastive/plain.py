@@ -18,9 +18,9 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-# Logits of a strip: 16 MB in fp32, half of a CPU's shared cache, and operations long enough that
-# waiting for all threads after each costs little on a busy machine; on devices few launches.
-_CPU_STRIP, _DEVICE_STRIP = 1 << 22, 1 << 24
+# Logits of a strip. On CPUs 8 MB in fp32: two fit a shared cache, and operations last long enough
+# that waiting for all threads after each costs little on a busy machine; on devices few launches.
+_CPU_STRIP, _DEVICE_STRIP = 1 << 21, 1 << 24
 
 
 class Pairs(NamedTuple):

@@ -13,15 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import (
-    choose_impl,
-    describe,
-    once_operator,
-    refuse_tangents,
-    require_float,
-    require_same_device,
-    require_tensor,
-)
+from .. import check
+from ..check import describe
 
 _FORMS = ("none", "tanh", "quick")
 
@@ -58,24 +51,22 @@ def bias_gelu(
     Source: torch.nn.functional.gelu; quick: OpenAI CLIP's QuickGELU.
     """
     name = "bias_gelu"
-    require_tensor(name, x=x)
-    require_float(name, x=x)
+    check.require_float(name, x=x)
     if bias is not None:
-        require_tensor(name, bias=bias)
-        require_float(name, bias=bias)
+        check.require_float(name, bias=bias)
         if x.dim() < 1 or bias.shape != x.shape[-1:]:
             raise ValueError(
                 f"{name}: bias must be [D] for x [..., D], got {describe(bias)} for {describe(x)}"
             )
-        require_same_device(name, x=x, bias=bias)
+        check.require_same_device(name, x=x, bias=bias)
     if not isinstance(approximate, str) or approximate not in _FORMS:
         raise ValueError(f"{name}: approximate must be one of {_FORMS}, got {approximate!r}")
     widest = bias if bias is not None and bias.dtype.itemsize > x.dtype.itemsize else x
-    impl = choose_impl(name, impl, ("triton", "torch", "reference"), widest)
+    impl = check.choose_impl(name, impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return bias_gelu_reference(x, bias, approximate)
     if impl == "triton":
-        refuse_tangents(name, x, bias)
+        check.refuse_tangents(name, x, bias)
         return torch.ops.clipa.bias_gelu(x, bias, approximate)
     if torch.compiler.is_compiling():
         return _gelu(x if bias is None else _AddBias.forward(x, bias), approximate)
@@ -172,4 +163,4 @@ def _gradient(ctx, dy: Tensor):
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
-once_operator(_backward, "bias_gelu")
+check.once_operator(_backward, "bias_gelu")

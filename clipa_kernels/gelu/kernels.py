@@ -82,6 +82,7 @@ def _bias_gelu_fwd_kernel(
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y [rows, D], dense."""
+    # Columns first: programs that run together read one row from end to end.
     blocks_d = tl.cdiv(D, BLOCK_D)
     block_m = (tl.program_id(0) // blocks_d).to(tl.int64)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,9 +124,10 @@ def _bias_gelu_bwd_kernel(
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         _, slope = _gelu_and_slope(z, FORM)
         dx = dy * slope
-        acc += dx
+        acc += dx  # in fp32, before dx is rounded for its store
         dx_ptrs = dx_ptr + first * D + (offs_m * D + offs_d[None, :])
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    # No atomics: a strip leaves one row, and sum_partial adds the rows in order.
     if partial_ptr is not None:
         tl.store(partial_ptr + strip * D + offs_d, tl.sum(acc, 0), mask=mask_d)
 

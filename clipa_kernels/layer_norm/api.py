@@ -13,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import (
-    as_float,
-    autocast_dtype,
-    choose_impl,
-    describe,
-    has_tangent,
-    once_operator,
-    refuse_tangents,
-    require_float,
-    require_same_device,
-    require_tensor,
-)
+from .. import check
+from ..check import describe
 
 # 2 MB in fp32: what the kernel reads again is still in a cache. EPYC Zen 5, November 2026.
 _CACHED_ELEMENTS = 1 << 19
@@ -73,18 +63,18 @@ def add_layer_norm(
     for t in (residual, weight, bias):  # torch 2.8 does not compile a max by key
         if t is not None and t.dtype.itemsize > widest.dtype.itemsize:
             widest = t
-    impl = choose_impl("add_layer_norm", impl, ("triton", "torch", "reference"), widest)
+    impl = check.choose_impl("add_layer_norm", impl, ("triton", "torch", "reference"), widest)
     if impl == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     if impl == "triton":
-        refuse_tangents("add_layer_norm", x, residual, weight, bias)
+        check.refuse_tangents("add_layer_norm", x, residual, weight, bias)
         y, total = torch.ops.clipa.add_layer_norm(x, residual, weight, bias, eps)
         return y, x if residual is None else total
     total = x if residual is None else (x + residual).to(residual.dtype)
     both = torch.promote_types(weight.dtype, bias.dtype)
     weight, bias = weight.to(both), bias.to(both)
     # Autocast would widen the whole stream to fp32; the statistics are fp32 in any case.
-    if autocast_dtype(x.device) is not None:
+    if check.autocast_dtype(x.device) is not None:
         with torch.autocast(x.device.type, enabled=False):
             return _layer_norm(total, weight, bias, eps, x.dtype), total
     return _layer_norm(total, weight, bias, eps, x.dtype), total
@@ -98,7 +88,11 @@ def _layer_norm(
     if total.device.type == "cpu":
         wide = torch.promote_types(wide, torch.float32)
         narrow = total.dtype == dtype and dtype.itemsize == 2 and wide == torch.float32
-        if narrow and not torch.compiler.is_compiling() and not has_tangent(total, weight, bias):
+        if (
+            narrow
+            and not torch.compiler.is_compiling()
+            and not check.has_tangent(total, weight, bias)
+        ):
             return _NarrowLayerNorm.apply(total, weight, bias, eps)[0]
     if total.dtype == weight.dtype == wide:
         return F.layer_norm(total, weight.shape, weight, bias, eps).to(dtype)
@@ -230,7 +224,7 @@ def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
-once_operator(_backward, "add_layer_norm")
+check.once_operator(_backward, "add_layer_norm")
 
 
 def _check_arguments(
@@ -238,22 +232,20 @@ def _check_arguments(
 ) -> float:
     """eps as a float, if the rest is right."""
     name = "add_layer_norm"
-    require_tensor(name, x=x, weight=weight, bias=bias)
-    require_float(name, x=x, weight=weight, bias=bias)
+    check.require_float(name, x=x, weight=weight, bias=bias)
     if x.dim() < 1 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"{name}: weight and bias must be [D] for x [..., D], "
             f"got {describe(weight)} and {describe(bias)} for x {describe(x)}"
         )
     if residual is not None:
-        require_tensor(name, residual=residual)
-        require_float(name, residual=residual)
+        check.require_float(name, residual=residual)
         if residual.shape != x.shape:
             raise ValueError(
                 f"{name}: residual must have x's shape {tuple(x.shape)}, got {describe(residual)}"
             )
-    require_same_device(name, x=x, residual=residual, weight=weight, bias=bias)
-    eps = as_float(name, eps=eps)
+    check.require_same_device(name, x=x, residual=residual, weight=weight, bias=bias)
+    eps = check.as_float(name, eps=eps)
     if eps < 0:
         raise ValueError(f"{name}: eps must be at least 0, got {eps}")
     return eps

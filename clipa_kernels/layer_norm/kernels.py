@@ -21,7 +21,7 @@ from ..launch import cdiv, launcher, rows_a_program, rows_of, sum_partial
 
 _PROGRAMS = 512  # of a backward: about four an SM, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
-_FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for so many rows
+_FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for all of them
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Config:
 
 
 def config_for(width: int, numbers: int) -> Config:
-    """The tile for rows of `width` columns, a thread holding so many numbers of each tensor.
+    """The tile for rows of `width` columns, of which a thread holds `numbers` of each tensor.
 
-    Those are 16 in the forward, two 16-byte loads in bf16, and 8 in the backward, which keeps four
-    times as much beside them: with 16 it spills on sm_100.
+    16 in the forward, two 16-byte loads in bf16; 8 in the backward, which keeps four times as much
+    beside them: with 16 it spills on sm_100.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if block_d > 2048:
@@ -58,6 +58,7 @@ def _row(ptr, D, BLOCK_D: tl.constexpr):
 def _statistics(total, mask_d, D, eps):
     """(total - mean, 0 beyond D; 1 / deviation) of rows [BLOCK_M, BLOCK_D]."""
     mean = tl.sum(total, 1) / D
+    # Columns of padding would be -mean here and count in the variance.
     centred = tl.where(mask_d, total - mean[:, None], 0.0)
     var = tl.sum(centred * centred, 1) / D
     return centred, 1.0 / tl.sqrt(var + eps)
@@ -123,6 +124,7 @@ def _add_layer_norm_bwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)[:, None]
     # [BLOCK_M, BLOCK_D]; 64-bit numbers stay scalar
     out = offs_m * D + offs_d[None, :]
+    # Sums over rows are made once, after the loop: here each place adds its own.
     d_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     d_bias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for first in range(start, end, BLOCK_M):
@@ -158,8 +160,8 @@ def _add_layer_norm_bwd_kernel(
 
 
 def _vector(*streams: Tensor) -> int:
-    """Columns next to each other in a thread: 16 bytes of the widest stream, whose accesses would
-    else touch each sector twice."""
+    """Columns next to each other in a thread: 16 bytes of the widest stream, which would
+    otherwise touch each sector twice."""
     return 16 // max(stream.element_size() for stream in streams)
 
 

@@ -19,7 +19,7 @@ Images: keep is int64 [B, K], ascending in each row; K is known without asking t
 
 Text: captions are ragged, flat ids and lengths. keep is int64 [T'], ascending indices into the flat
 ids; a caption of at most `context` content tokens stays whole, start and end tokens are the
-caller's. The size depends on the lengths, so a CUDA device is waited for: use it in the loader.
+caller's. The size depends on the lengths, so the host waits for a CUDA device: use it in the loader.
     truncate  the first tokens
     random    those with the smallest words, column = place in the caption
     block     a window whose start is uniform over all places, column 0
@@ -32,16 +32,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..check import (
-    choose_impl,
-    describe,
-    readable,
-    require_device,
-    require_int,
-    require_same_device,
-    require_tensor,
-    require_vectors,
-)
+from .. import check
+from ..check import describe
 from .philox import IMAGE_STREAM, LOW, TEXT_STREAM, draw_bits, draw_words
 
 _KERNEL_PATCHES = 1024  # of an image, at most, for the kernel
@@ -120,7 +112,6 @@ def grid_patches(
     batch: int,
     grid: Grid,
     *,
-    corner: str = "random",
     seed: int,
     step: int,
     first_sample: int = 0,
@@ -132,26 +123,19 @@ def grid_patches(
     Windows start at even rows and columns. At an odd side the last ones are cut to what is there
     and still keep one patch each, so K = ceil(rows / 2) * ceil(columns / 2).
 
-    Args: as random_patches; corner "random" draws in each window uniformly, so that every position
-        is trained, "top_left" keeps that patch in all windows.
-    Returns: int64 [B, K], ascending in each row.
-    Raises: as random_patches; ValueError where corner is neither of the two.
-    Source: CLIPA's grid mask, whose figure shows the top left; the random corner is our choice.
+    The patch is drawn uniformly in each window, so that every position is trained.
 
-    >>> grid_patches(1, (4, 4), corner="top_left", seed=0, step=0).tolist()
-    [[0, 2, 8, 10]]
+    Args, Raises: as random_patches.
+    Returns: int64 [B, K], ascending in each row.
+    Source: CLIPA's grid mask, whose figure shows the top left patches.
     """
     batch, grid, device = _images("grid_patches", batch, grid, device)
-    if not isinstance(corner, str) or corner not in ("random", "top_left"):
-        raise ValueError(f"grid_patches: corner must be random or top_left, got {corner!r}")
     key = seed, step, first = _key("grid_patches", batch, seed, step, first_sample)
-    if _kernel("grid_patches", impl, grid, device) and corner == "random":
+    if _kernel("grid_patches", impl, grid, device):
         windows = (grid[0] + 1) // 2 * ((grid[1] + 1) // 2)
         return _launched("grid", batch, grid, windows, (0, 0), key, device)
     rows = torch.arange(0, grid[0], 2, device=device)[:, None]
     columns = torch.arange(0, grid[1], 2, device=device)
-    if corner == "top_left":
-        return (rows * grid[1] + columns).flatten().repeat(batch, 1)
     samples = torch.arange(first, first + batch, device=device)
     bits = draw_bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
     bits = bits.view(batch, len(rows), len(columns))
@@ -282,14 +266,16 @@ def syntax_text(
 
 def _key(f: str, batch: int, seed: int, step: int, first: int) -> tuple[int, int, int]:
     """Seed, step and first sample of function f, checked."""
-    (seed,) = require_int(f, 0, 2**64, seed=seed)
-    (step,) = require_int(f, 0, 2**32, step=step)
-    return seed, step, *require_int(f, 0, 2**48 - batch + 1, first_sample=first)
+    (seed,) = check.require_int(f, 0, 2**64, seed=seed)
+    (step,) = check.require_int(f, 0, 2**32, step=step)
+    return seed, step, *check.require_int(f, 0, 2**48 - batch + 1, first_sample=first)
 
 
 def _kernel(f: str, impl: str, grid: Grid, device: Device) -> bool:
     """Whether function f launches the kernel; checks impl."""
-    chosen = choose_impl(f, impl, ("triton", "torch"), torch.empty(0, device=device)) == "triton"
+    chosen = (
+        check.choose_impl(f, impl, ("triton", "torch"), torch.empty(0, device=device)) == "triton"
+    )
     if chosen and impl == "triton" and grid[0] * grid[1] > _KERNEL_PATCHES:
         raise ValueError(
             f'{f}: impl "triton" takes at most {_KERNEL_PATCHES} patches, got {grid[0] * grid[1]}'
@@ -321,7 +307,7 @@ def _(like, mask, batch, sizes, words, first):
 
 
 def _keep_count(function: str, num_patches: int, drop: float) -> int:
-    (num_patches,) = require_int(function, 1, 2**31, num_patches=num_patches)
+    (num_patches,) = check.require_int(function, 1, 2**31, num_patches=num_patches)
     if isinstance(drop, bool) or not isinstance(drop, Real):
         raise TypeError(f"{function}: drop must be a number, got {drop!r}")
     if not 0 <= drop < 1:
@@ -365,33 +351,33 @@ def _images(
     function: str, batch: int, grid: Grid, device: Device
 ) -> tuple[int, Grid, torch.device | None]:
     """batch, grid and device, checked."""
-    (batch,) = require_int(function, 0, 2**31, batch=batch)
+    (batch,) = check.require_int(function, 0, 2**31, batch=batch)
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise ValueError(f"{function}: grid must be (rows, columns), got {grid!r}")
-    grid = require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
-    return batch, grid, require_device(function, device)
+    grid = check.require_int(function, 1, 2**15, grid_rows=grid[0], grid_columns=grid[1])
+    return batch, grid, check.require_device(function, device)
 
 
 def _captions(function: str, lengths: Tensor, context: int) -> tuple[Tensor, int]:
     """lengths in int64 and context, checked."""
-    require_vectors(function, lengths=lengths)
+    check.require_vectors(function, lengths=lengths)
     lengths = lengths.long()
-    if readable(lengths) and len(lengths):
+    if check.readable(lengths) and len(lengths):
         for bound in lengths.aminmax():
-            require_int(function, 0, 2**31, length=int(bound))
-    return lengths, *require_int(function, 1, 2**31, context=context)
+            check.require_int(function, 0, 2**31, length=int(bound))
+    return lengths, *check.require_int(function, 1, 2**31, context=context)
 
 
 def _require_table(function: str, ids: Tensor, lengths: Tensor, priority: Tensor) -> None:
-    require_vectors(function, ids=ids)
-    require_tensor(function, priority=priority)
+    check.require_vectors(function, ids=ids)
+    check.require_tensor(function, priority=priority)
     if priority.dtype != torch.uint8:
         raise TypeError(f"{function}: priority must be uint8, got {describe(priority)}")
     if priority.dim() != 1:
         raise ValueError(f"{function}: priority must be one-dimensional, got {describe(priority)}")
-    require_same_device(function, ids=ids, lengths=lengths, priority=priority)
-    if readable(ids):
+    check.require_same_device(function, ids=ids, lengths=lengths, priority=priority)
+    if check.readable(ids):
         if (total := int(lengths.sum())) != len(ids):
             raise ValueError(f"{function}: lengths must sum to the {len(ids)} ids, got {total}")
         for bound in ids.long().aminmax() if len(ids) else ():
-            require_int(function, 0, len(priority), id=int(bound))
+            check.require_int(function, 0, len(priority), id=int(bound))

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..launch import launcher
 
 INDEX_BITS = tl.constexpr(10)  # of a patch: 1024 at most
-# Numbers that no address is aligned by, so one kernel fits all values; and never a constant, which
-# Triton makes of an integer that is 1 and which has no .to().
+# Not specialised: no address depends on their alignment, so one kernel serves all values, and none
+# becomes a constant, as Triton makes of an integer that is 1: a constant has no .to().
 _NUMBERS = ("seed_low", "seed_high", "step", "first", "rows", "columns", "kept", "tall", "wide")
 
 

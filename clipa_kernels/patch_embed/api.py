@@ -19,16 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import (
-    autocast_dtype,
-    choose_impl,
-    describe,
-    readable,
-    refuse_tangents,
-    require_float,
-    require_same_device,
-    require_tensor,
-)
+from .. import check
+from ..check import describe
 from ..packing import Packed
 from .ops import embed_patches, embed_tokens
 
@@ -97,7 +89,7 @@ def patch_embed(
     Raises:
         ValueError: an image that does not divide into patches, channels or sizes or devices that
             disagree, keep empty or out of range, a mean that is not finite, a std that is not
-            positive and finite (tensors are looked at on a CPU only), an unknown impl.
+            positive and finite (tensors are checked on a CPU only), an unknown impl.
         TypeError: dtypes other than those above.
     Source: open_clip's VisionTransformer stem and PatchDropout.
 
@@ -109,14 +101,14 @@ def patch_embed(
     """
     args = (images, keep, weight, bias, pos_embed, cls_token, mean, std)
     pos_embed, cls_token, mean, std = _checked("patch_embed", *args)
-    autocast = autocast_dtype(images.device)
+    autocast = check.autocast_dtype(images.device)
     dtype = autocast or weight.dtype
     like = images if images.dtype == torch.float64 else weight
-    impl = choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
+    impl = check.choose_impl("patch_embed", impl, ("triton", "torch", "reference"), like)
     if impl == "reference":
         packed = patch_embed_reference(*args)
         return packed._replace(tokens=packed.tokens.to(dtype))
-    refuse_tangents("patch_embed", images, weight, bias, pos_embed, cls_token)
+    check.refuse_tangents("patch_embed", images, weight, bias, pos_embed, cls_token)
     with torch.autocast(images.device.type, enabled=False) if autocast else nullcontext():
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
@@ -186,15 +178,7 @@ def _packed(x: Tensor) -> Packed:
 
 
 def _checked(
-    name: str,
-    images: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor,
-    cls_token: Tensor | None,
-    mean: Channels,
-    std: Channels,
+    name, images, keep, weight, bias, pos_embed, cls_token, mean, std
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Check all arguments of function name; pos_embed and cls_token without timm's dimension of
     one image, mean and std as tensors."""
@@ -209,13 +193,13 @@ def _checked(
     mean = _channels(name, "mean", mean, images, weight)
     std = _channels(name, "std", std, images, weight)
     tensors = dict(images=images, keep=keep, weight=weight, bias=bias, pos_embed=pos_embed)
-    require_same_device(name, **tensors, cls_token=cls_token, mean=mean, std=std)
+    check.require_same_device(name, **tensors, cls_token=cls_token, mean=mean, std=std)
     return pos_embed, cls_token, mean, std
 
 
 def _check_images(name: str, images: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    require_tensor(name, images=images, weight=weight)
-    require_float(name, weight=weight)
+    check.require_tensor(name, images=images, weight=weight)
+    check.require_float(name, weight=weight)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"{name}: images must be uint8 or floating point, got {describe(images)}")
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or not weight.numel():
@@ -232,8 +216,7 @@ def _check_images(name: str, images: Tensor, weight: Tensor, bias: Tensor | None
             f"got {height}x{width}"
         )
     if bias is not None:
-        require_tensor(name, bias=bias)
-        require_float(name, bias=bias)
+        check.require_float(name, bias=bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}: bias must be [{weight.shape[0]}], got {describe(bias)}")
 
@@ -248,9 +231,8 @@ def _channels(
     if not isinstance(values, Tensor) and hasattr(values, "tolist"):  # an array of NumPy
         values = values.tolist()
     if isinstance(values, Tensor):
-        require_tensor(name, **{label: values})
-        require_float(name, **{label: values})
-        numbers = values.flatten().tolist() if readable(values) else []
+        check.require_float(name, **{label: values})
+        numbers = values.flatten().tolist() if check.readable(values) else []
         shape, came = tuple(values.shape), describe(values)
     elif isinstance(values, Sequence) and all(
         isinstance(value, Real) and not isinstance(value, bool) for value in values
@@ -268,21 +250,19 @@ def _channels(
         raise ValueError(f"{name}: {label} must be {rule}, got {numbers}")
     if isinstance(values, Tensor):
         return values
-    # Filled on the device: a tensor made of the numbers is a copy that the host waits for.
-    how = dict(dtype=wide, device=images.device)
-    return torch.cat([torch.full((1,), float(number), **how) for number in numbers])
+    # Filled on the device: torch.tensor of the numbers is a copy that the host waits for.
+    kind = dict(dtype=wide, device=images.device)
+    return torch.cat([torch.full((1,), float(number), **kind) for number in numbers])
 
 
 def _check_tokens(
     name: str, patches: int, weight: Tensor, pos_embed: Tensor, cls_token: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    require_tensor(name, pos_embed=pos_embed)
-    require_float(name, pos_embed=pos_embed)
+    check.require_float(name, pos_embed=pos_embed)
     pos_embed = _of_one_image(pos_embed)
     width, prefix = weight.shape[0], 0
     if cls_token is not None:
-        require_tensor(name, cls_token=cls_token)
-        require_float(name, cls_token=cls_token)
+        check.require_float(name, cls_token=cls_token)
         cls_token = _of_one_image(cls_token)
         prefix = cls_token.numel() // width
         if cls_token.shape not in ((width,), (prefix, width)) or not prefix:
@@ -302,14 +282,14 @@ def _of_one_image(table: Tensor) -> Tensor:
 
 
 def _check_keep(name: str, keep: Tensor, batch: int, patches: int) -> None:
-    require_tensor(name, keep=keep)
+    check.require_tensor(name, keep=keep)
     if keep.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: keep must hold int32 or int64, got {describe(keep)}")
     if keep.dim() != 2 or keep.shape[0] != batch or not keep.shape[1]:
         raise ValueError(
             f"{name}: keep must be [{batch}, K] with K at least 1, got {describe(keep)}"
         )
-    if readable(keep) and keep.numel():
+    if check.readable(keep) and keep.numel():
         low, high = keep.aminmax()
         if low < 0 or high >= patches:
             raise ValueError(

@@ -70,12 +70,14 @@ def _patch_embed_fwd_kernel(
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     offs_n = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < D
+    # Tiles of patches, then tiles of prefix rows, which need no product.
     if program < tiles:
         offs_m = (program // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < patches
         index = kept_patches(keep_ptr, offs_m, mask_m, kept)
         base = first_pixel(index, offs_m, kept, columns, stride_b, stride_py, stride_px)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        # Words to be shifted are read a step ahead, while the product of the step before runs.
         if SHIFTED:
             low, high = load_pixels(
                 images_ptr, base, mask_m, 0, K, stride_o, stride_y, stride_e,
@@ -110,6 +112,7 @@ def _patch_embed_fwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         table_ptrs = table_ptr + (prefix + index)[:, None] * D + offs_n[None, :]
         acc += tl.load(table_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # Patch k of an image is its token prefix + k.
         row = offs_m // kept * (prefix + kept) + prefix + offs_m % kept
         out_ptrs = out_ptr + row[:, None] * D + offs_n[None, :]
         tl.store(out_ptrs, acc.to(DTYPE), mask=mask)
@@ -163,6 +166,7 @@ def _patch_embed_bwd_weight_kernel(
                 images_ptr, base, offs_m < end, start_k, K, stride_o, stride_y, stride_e,
                 RUN, PADDED, SIDE, WORDS, SHIFTED, EVEN_K, BLOCK_K,
             )  # fmt: skip
+            # Indices go two steps ahead, since addresses of pixels wait for them.
             offs_m += BLOCK_M
             index = kept_patches(keep_ptr, offs_m, offs_m < end, kept)
         for first in range(start_m, end, BLOCK_M):
@@ -192,6 +196,7 @@ def _patch_embed_bwd_weight_kernel(
             d_out = _d_out(d_out_ptr, offs_m, mask_m, offs_n, mask_n, kept, prefix, D)
             acc = tl.dot(d_out, x, acc, input_precision=PRECISION)
         offs_k = start_k + tl.arange(0, BLOCK_K)
+        # Each split has a plane of its own, so the sum over splits has a fixed order.
         partial_ptrs = partial_ptr + (split * D + offs_n)[:, None] * K + offs_k[None, :]
         tl.store(partial_ptrs, acc, mask=mask_n[:, None] & (offs_k < K)[None, :])
     else:
@@ -219,6 +224,7 @@ def _layout(images: Tensor, side: int) -> tuple[tuple[int, ...], dict[str, int],
     b, c, y, x = images.stride()
     run = side * channels if hwc else side
     extent = sum((n - 1) * s for n, s in zip(images.shape, images.stride(), strict=True)) + 1
+    # From image to image, from patch to patch down and across, then inside a patch.
     strides = (b, side * y, side * x, 0 if hwc else c, y, 1 if hwc else x)
     words = images.dtype == torch.uint8 and images.data_ptr() % 4 == 0 and (hwc or x == 1)
     if any(n % 4 for n in (run, *strides[:-1])):
@@ -285,6 +291,7 @@ def backward(
     strides, layout, halved = _layout(images, side)
     block = blocks(weight.dtype, halved)
     block["BLOCK_M"] = _backward_m(weight.dtype, layout, halved)
+    # Whole steps a split: only the last split of all has a partial step.
     walked = max(1, cdiv(cdiv(batch * kept, _SPLITS), block["BLOCK_M"])) * block["BLOCK_M"]
     splits = cdiv(batch * kept, walked)
     partial = weight.new_empty(splits, 1, d * k, dtype=torch.float32)

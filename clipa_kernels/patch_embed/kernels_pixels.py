@@ -7,6 +7,7 @@ import triton.language as tl
 @triton.jit
 def _place(columns, stride_o, stride_y, stride_e, PADDED: tl.constexpr, SIDE: tl.constexpr):
     """(place in the run, offset from the patch's first pixel) of columns of the weight."""
+    # Runs are numbered channel by channel (CHW) or row by row (HWC): SIDE runs a channel.
     run = columns // PADDED
     place = columns % PADDED
     return place, run // SIDE * stride_o + run % SIDE * stride_y + place * stride_e
@@ -30,6 +31,7 @@ def load_pixels(
         first = base[:, None] + offset[None, :]
         # The last byte of a quad may be outside the run.
         last = first + tl.minimum(3, RUN - 1 - place)[None, :]
+        # Four pixels from any byte on lie in one aligned word or in two neighbours.
         words_ptr = images_ptr.to(tl.pointer_type(tl.uint32))
         low = tl.load(words_ptr + (first >> 2), mask=mask, other=0)
         high = tl.load(words_ptr + (last >> 2), mask=mask, other=0)
@@ -37,7 +39,7 @@ def load_pixels(
         A_LOAD: tl.constexpr = 4 if WORDS else 1  # pixels
         if WORDS:
             images_ptr = images_ptr.to(tl.pointer_type(tl.uint32))
-            stride_e = 1
+            stride_e = 1  # of words: four pixels next to each other are one
         columns = start_k // A_LOAD + tl.arange(0, BLOCK_K // A_LOAD)
         place, offset = _place(
             columns, stride_o // A_LOAD, stride_y // A_LOAD, stride_e, PADDED // A_LOAD, SIDE
@@ -47,7 +49,7 @@ def load_pixels(
             mask = mask & ((columns < K // A_LOAD) & (place < RUN // A_LOAD))[None, :]
         pixel_ptrs = images_ptr + (base // A_LOAD)[:, None] + offset[None, :]
         low = tl.load(pixel_ptrs, mask=mask, other=0)
-        high = low
+        high = low  # not used, but all layouts return two tensors
     return low, high
 
 
@@ -64,6 +66,7 @@ def unpacked(
             columns = start_k + tl.arange(0, BLOCK_K // 4) * 4
             _, offset = _place(columns, stride_o, stride_y, stride_e, PADDED, SIDE)
             first = base[:, None] + offset[None, :]
+            # Little-endian: the pixel at byte i of the pair is in bits 8 i and up.
             both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
             low = (both >> ((first & 3) * 8).to(tl.uint64)).to(tl.uint32)
         shifts = (tl.arange(0, 4) * 8).to(tl.uint32)

@@ -25,6 +25,7 @@ def _sum_sorted_kernel(
     start = tl.load(ends_ptr + position)
     end = tl.load(ends_ptr + position + 1)
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    # Rows of one position are next to each other in `order`: one program adds them all.
     for first in range(start, end, BLOCK_R):
         offs_r = first + tl.arange(0, BLOCK_R)
         mask_r = offs_r < end
@@ -43,6 +44,7 @@ def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Te
         return d_out.sum(0, dtype=torch.float32)
     index = torch.arange(prefix, device=d_out.device).expand(batch, prefix)
     index = torch.cat((index, keep + prefix), 1)
+    # Stable, so that equal positions keep the order of tokens and sums repeat to the bit.
     index, order = index.flatten().sort(stable=True)
     ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
     sums = d_out.new_empty(rows, d, dtype=torch.float32)

@@ -118,10 +118,10 @@ def embed_tokens(
 
     uint8 images enter the product less 128.
     """
-    from .. import launch
+    from ..launch import require_products
     from . import kernels
 
-    launch.require_products("patch_embed", weight)
+    require_products("patch_embed", weight)
     return kernels.forward(images, keep, weight, bias, table, side, prefix)
 
 

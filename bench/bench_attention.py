@@ -113,7 +113,7 @@ def test_attention(benchmark, name, length, tower, dtype):
     qkv = leaf(lengths, heads, size, DTYPES[dtype])
     benchmark.group = f"L={length} {heads}x{size} {dtype} {DEVICE}"
     benchmark.pedantic(step, (attention, qkv), warmup_rounds=2, rounds=5)
-    if not benchmark.enabled:  # --benchmark-disable: right, and not timed
+    if not benchmark.enabled:  # --benchmark-disable: checked, not timed
         return
     best, (least, operations) = benchmark.stats.stats.min, work(lengths, heads, size, qkv.dtype)
     benchmark.extra_info |= {

@@ -162,7 +162,7 @@ def test_contrastive(benchmark, name, n, dtype):
         benchmark.pedantic(step, (loss, inputs), warmup_rounds=1, rounds=3)
     except torch.OutOfMemoryError:
         pytest.skip(f"{name} at N={n} does not fit this GPU")
-    if not benchmark.enabled:  # --benchmark-disable: right, and not timed
+    if not benchmark.enabled:  # --benchmark-disable: checked, not timed
         return
     benchmark.extra_info |= {
         "TFLOP/s": 8 * n * n * WIDTH / benchmark.stats.stats.min / 1e12,

@@ -1,4 +1,4 @@
-"""python -m bench.compiled: the table of meters/compiled.py, which see."""
+"""`python -m bench.compiled` prints the table of bench/meters/compiled.py."""
 
 from bench.meters.compiled import main
 

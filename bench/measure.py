@@ -1,4 +1,4 @@
-"""First equal, then time: what the benches of one operation share."""
+"""What the benches of one operation share: a result is checked, then timed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_and_time(
     off = error(function, exact, leaves, d_out)
     assert off < limit, f"wrong by {off:.1e}"
     benchmark.pedantic(step, (function, leaves, d_out), warmup_rounds=2, rounds=5)
-    if not benchmark.enabled:  # --benchmark-disable: right, and not timed
+    if not benchmark.enabled:  # --benchmark-disable: checked, not timed
         return
     benchmark.extra_info |= {
         "GB/s": least / benchmark.stats.stats.min / 1e9,

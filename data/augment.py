@@ -105,7 +105,7 @@ class Augmentation:
 def augment(
     images: Tensor,
     size: int,
-    how: Augmentation | None = None,
+    augmentation: Augmentation | None = None,
     *,
     seed: int,
     step: int,
@@ -116,7 +116,7 @@ def augment(
     Args:
         images: uint8 [B, H, W, 3], the images of samples first_sample, first_sample + 1, ...
         size: side of the result in pixels.
-        how: strengths; None is Augmentation().
+        augmentation: strengths; None is Augmentation().
         seed, step, first_sample: with the row they decide every draw, so any split of a batch over
             processes gives the same pixels.
 
@@ -131,25 +131,25 @@ def augment(
     torch.Size([2, 16, 16, 3])
     """
     _check_batch("augment", images, size)
-    how = how or Augmentation()
+    augmentation = augmentation or Augmentation()
     draws = sample_draws(len(images), seed=seed, step=step, first_sample=first_sample)
-    shapes = shape_draws(len(images), how, seed=seed, step=step, first_sample=first_sample)
-    box = _boxes(*images.shape[1:3], draws, how)
-    planes = _cut(images, size, box, draws, shapes, how)
-    if how.changes_colour:
-        planes = _recolour(planes, draws, how)
+    shapes = shape_draws(len(images), augmentation, seed=seed, step=step, first_sample=first_sample)
+    box = _boxes(*images.shape[1:3], draws, augmentation)
+    planes = _cut(images, size, box, draws, shapes, augmentation)
+    if augmentation.changes_colour:
+        planes = _recolour(planes, draws, augmentation)
     return _to_uint8(planes)
 
 
 def recolour(
-    images: Tensor, how: Augmentation, *, seed: int, step: int, first_sample: int = 0
+    images: Tensor, augmentation: Augmentation, *, seed: int, step: int, first_sample: int = 0
 ) -> Tensor:
     """The colour part of `augment` alone, for cropped images: uint8 [B, H, W, 3] to the same."""
     _check_batch("recolour", images, 1)
-    if not how.changes_colour:
+    if not augmentation.changes_colour:
         return images
     draws = sample_draws(len(images), seed=seed, step=step, first_sample=first_sample)
-    return _to_uint8(_recolour(images.permute(0, 3, 1, 2).float(), draws, how))
+    return _to_uint8(_recolour(images.permute(0, 3, 1, 2).float(), draws, augmentation))
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -181,36 +181,36 @@ def sample_draws(count: int, *, seed: int, step: int, first_sample: int = 0) -> 
 
 
 def shape_draws(
-    count: int, how: Augmentation, *, seed: int, step: int, first_sample: int = 0
+    count: int, augmentation: Augmentation, *, seed: int, step: int, first_sample: int = 0
 ) -> Tensor | None:
     """What decides an image's outline and warp, float32 [count, 34]; None where it has neither."""
-    if not (how.warp or how.outline):
+    if not (augmentation.warp or augmentation.outline):
         return None
     samples = torch.arange(first_sample, first_sample + count)
     return philox_uniform(seed, step, samples, 2 + 2 * _FIELD**2, stream=SHAPE_STREAM)
 
 
 def _boxes(
-    height: int, width: int, draws: Tensor, how: Augmentation
+    height: int, width: int, draws: Tensor, augmentation: Augmentation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height, width int64 [B] of the crops; the first of ten tries that fits."""
-    low, high = how.scale
+    low, high = augmentation.scale
     room = math.sqrt(max(1.0, high))
     area = height * width * (low + (high - low) * draws[:, :_TRIES])
-    logs = math.log(how.ratio[0]), math.log(how.ratio[1])
+    logs = math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])
     ratio = (logs[0] + (logs[1] - logs[0]) * draws[:, _TRIES : 2 * _TRIES]).exp()
     wide = (area * ratio).sqrt().round().long().clamp_(min=1)
     tall = (area / ratio).sqrt().round().long().clamp_(min=1)
     fits = (wide <= round(width * room)) & (tall <= round(height * room))
     first = fits.int().argmax(dim=1, keepdim=True)
     wide, tall, any_fits = wide.gather(1, first)[:, 0], tall.gather(1, first)[:, 0], fits.any(1)
-    wide = torch.where(any_fits, wide, min(width, round(height * how.ratio[1])))
-    tall = torch.where(any_fits, tall, min(height, round(width / how.ratio[0])))
+    wide = torch.where(any_fits, wide, min(width, round(height * augmentation.ratio[1])))
+    tall = torch.where(any_fits, tall, min(height, round(width / augmentation.ratio[0])))
     at = draws[:, 2 * _TRIES : _COLOUR]
     top = ((height - tall).float() * at[:, 0]).round().long()
     left = ((width - wide).float() * at[:, 1]).round().long()
-    if how.shift:
-        moved = (2 * draws[:, _SHIFT : _SHIFT + 2] - 1) * how.shift
+    if augmentation.shift:
+        moved = (2 * draws[:, _SHIFT : _SHIFT + 2] - 1) * augmentation.shift
         top = top + (moved[:, 0] * height).round().long()
         left = left + (moved[:, 1] * width).round().long()
     return top, left, tall, wide
@@ -222,19 +222,21 @@ def _cut(
     box: tuple[Tensor, ...],
     draws: Tensor,
     shapes: Tensor | None,
-    how: Augmentation,
+    augmentation: Augmentation,
 ) -> Tensor:
     """Crops as drawn, outlined, turned, bent and flipped: float32 [B, 3, size, size]."""
-    if how.outline:
-        images = _outlined(images, shapes[:, 0] < how.outline, 2 * shapes[:, 1])
-    flipped = draws[:, -1] < how.flip
-    if how.rotate or how.warp:
-        angle = (2 * draws[:, -2] - 1) * math.radians(how.rotate)
-        field = None if not how.warp else how.warp * 12**0.5 * (shapes[:, 2:] - 0.5)
-        planes = _bent(images, size, box, angle, field, flipped, how.fill)
+    if augmentation.outline:
+        images = _outlined(images, shapes[:, 0] < augmentation.outline, 2 * shapes[:, 1])
+    flipped = draws[:, -1] < augmentation.flip
+    if augmentation.rotate or augmentation.warp:
+        angle = (2 * draws[:, -2] - 1) * math.radians(augmentation.rotate)
+        field = (
+            None if not augmentation.warp else augmentation.warp * 12**0.5 * (shapes[:, 2:] - 0.5)
+        )
+        planes = _bent(images, size, box, angle, field, flipped, augmentation.fill)
     else:
-        planes = _cropped(images, size, box, flipped, how)
-    return planes.add_(how.fill)
+        planes = _cropped(images, size, box, flipped, augmentation)
+    return planes.add_(augmentation.fill)
 
 
 def _weights(start: Tensor, length: Tensor, size: int, source: int, outside: int = 0) -> Tensor:
@@ -264,16 +266,16 @@ def _apply(images: Tensor, rows: Tensor, columns: Tensor, fill: int) -> Tensor:
 
 
 def _cropped(
-    images: Tensor, size: int, box: tuple[Tensor, ...], flipped: Tensor, how: Augmentation
+    images: Tensor, size: int, box: tuple[Tensor, ...], flipped: Tensor, augmentation: Augmentation
 ) -> Tensor:
-    """Crops less `how.fill`, antialiased: float32 [B, 3, size, size]."""
+    """Crops less `augmentation.fill`, antialiased: float32 [B, 3, size, size]."""
     (height, width), (top, left, tall, wide) = images.shape[1:3], box
-    beyond = math.sqrt(max(1.0, how.scale[1])) - 1 + how.shift
+    beyond = math.sqrt(max(1.0, augmentation.scale[1])) - 1 + augmentation.shift
     rows = _weights(top, tall, size, height, math.ceil(beyond * height))
     columns = _weights(left, wide, size, width, math.ceil(beyond * width))
-    if how.flip:
+    if augmentation.flip:
         columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
-    return _apply(images, rows, columns, how.fill)
+    return _apply(images, rows, columns, augmentation.fill)
 
 
 def _bent(
@@ -333,14 +335,19 @@ def _around(planes: Tensor, take) -> Tensor:
     return planes
 
 
-def _recolour(planes: Tensor, draws: Tensor, how: Augmentation) -> Tensor:
+def _recolour(planes: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
     """One 3x3 matrix and bias an image, on float32 [B, 3, H, W]."""
     draws = draws[:, _COLOUR:_SHIFT]
-    strengths = (how.brightness, how.contrast, how.saturation, how.hue)
-    strengths = torch.tensor(strengths) * (draws[:, :1] < how.jitter)
+    strengths = (
+        augmentation.brightness,
+        augmentation.contrast,
+        augmentation.saturation,
+        augmentation.hue,
+    )
+    strengths = torch.tensor(strengths) * (draws[:, :1] < augmentation.jitter)
     change = (2 * draws[:, 1:5] - 1) * strengths
     bright, contrast, saturation = (1 + change[:, :3]).clamp(min=0).unbind(1)
-    saturation = saturation * (draws[:, 5] >= how.grey)
+    saturation = saturation * (draws[:, 5] >= augmentation.grey)
     angle = 2 * math.pi * change[:, 3]
     to_grey = torch.tensor(_GREY).expand(3, 3)
     grey_axis = torch.full((3, 3), 1 / 3)
@@ -350,13 +357,13 @@ def _recolour(planes: Tensor, draws: Tensor, how: Augmentation) -> Tensor:
     kept = saturation[:, None, None]
     matrix = hue @ (kept * torch.eye(3) + (1 - kept) * to_grey)
     # Rows of the mixing matrix keep their sum: grey stays grey.
-    mixed = (2 * draws[:, 7:] - 1).view(-1, 3, 3) * how.mix
+    mixed = (2 * draws[:, 7:] - 1).view(-1, 3, 3) * augmentation.mix
     matrix = (torch.eye(3) + mixed - mixed.mean(2, keepdim=True)) @ matrix
     mean = planes.mean((2, 3)) @ torch.tensor(_GREY) * bright
     # Equal channels pass every matrix here unchanged, so the contrast's bias stays a grey level.
     bias = ((1 - contrast) * mean)[:, None].expand(-1, 3)
     matrix = matrix * (bright * contrast)[:, None, None]
-    sign = 1 - 2 * (draws[:, 6] < how.invert).float()
+    sign = 1 - 2 * (draws[:, 6] < augmentation.invert).float()
     bias = sign[:, None] * bias + 255 * (sign < 0)[:, None]
     flat = torch.baddbmm(bias[..., None], sign[:, None, None] * matrix, planes.flatten(2))
     return flat.view_as(planes)

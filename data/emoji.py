@@ -198,7 +198,7 @@ class EmojiLoader:
         source_size: side at which the drawings are kept for cropping; 0 is twice image_size, at
             most their own 72. A crop costs its source: at 16 px, 32 takes a third of 72's time.
         context: tokens of a caption at most, special ones included.
-        steps, start_step: first step that is not, and first that is, yielded.
+        start_step, steps: the steps that are yielded, start_step to steps - 1.
         strategy, pad: how captions are cut and filled, as Tokenizer.encode.
         forms: caption forms; each sample draws one, a form listed twice counts twice.
         augmentation: strengths; None is the plain crop. Its `blend` fades an image into the other
@@ -209,7 +209,7 @@ class EmojiLoader:
         prefetch: batches made ahead by a thread; 0 makes each when it is asked for.
 
     Raises:
-        ValueError: a batch that is empty or does not divide by world_size, a rank that is none,
+        ValueError: a batch that is empty or does not divide by world_size, a rank outside it,
             a start after the end, no form, no image, no pixel.
     """
 

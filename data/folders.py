@@ -24,10 +24,10 @@ def read_folder(
 
     squash and interpolation as `decode_square`.
 
-    What is hidden, a folder in a class folder, and __MACOSX are passed over.
+    Hidden files, folders within a class folder, and __MACOSX are skipped.
 
     Raises:
-        ValueError: root is no folder, or holds no folder.
+        ValueError: root is not a folder, or holds none.
     """
     how = dict(squash=squash, interpolation=interpolation)
     folders = _folders(Path(root))

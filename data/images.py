@@ -40,7 +40,7 @@ def decode_crop(
     data: bytes,
     size: int,
     draws: Tensor,
-    how: Augmentation,
+    augmentation: Augmentation,
     interpolation: str = "bilinear",
     shapes: Tensor | None = None,
 ) -> Tensor:
@@ -49,8 +49,9 @@ def decode_crop(
     Args:
         data: the file's bytes. size: side of the result in pixels.
         draws: float32 [42], the sample's row of `sample_draws`.
-        how: strengths. A crop within the image is resized by Pillow; one that reaches beyond it, is
-            turned, bent or outlined goes through `augment`'s own code, which is bilinear.
+        augmentation: strengths. A crop within the image is resized by Pillow; one that reaches
+            beyond it, is turned, bent or outlined goes through `augment`'s own code, which is
+            bilinear.
         interpolation: "bilinear" or "bicubic", both antialiased.
         shapes: float32 [34], the sample's row of `shape_draws`; only warp and outline need it.
 
@@ -58,35 +59,35 @@ def decode_crop(
         uint8 [size, size, 3].
 
     Raises:
-        ValueError: the bytes are no whole image (TooManyPixels: one that is too large), the
+        ValueError: the bytes are not a whole image (TooManyPixels: one that is too large), the
             interpolation has no such name, or shapes are missing.
     """
     _check_interpolation("decode_crop", interpolation)
-    if shapes is None and (how.warp or how.outline):
+    if shapes is None and (augmentation.warp or augmentation.outline):
         raise ValueError("decode_crop: shapes must be given for warp and outline, got None")
 
     def crop(image: Image.Image) -> Tensor:
         before = _upright_size(image)
-        box = _boxes(before[1], before[0], draws[None], how)
+        box = _boxes(before[1], before[0], draws[None], augmentation)
         top, left, tall, wide = (int(side) for side in box)
         # Shrunk in the decoder only so far that the crop keeps `size` pixels a side.
         need = (math.ceil(before[0] * size / wide), math.ceil(before[1] * size / tall))
         image = _load(image, need)
-        if how.leaves_the_crop:
+        if augmentation.leaves_the_crop:
             # Read at points, which is sharp from up to twice the result's size.
             image = image.reduce(
                 tuple(max(1, a // b) for a, b in zip(image.size, need, strict=True))
             )
         x, y = image.width / before[0], image.height / before[1]
-        if how.leaves_the_crop:
+        if augmentation.leaves_the_crop:
             box = (box[0] * y, box[1] * x, box[2] * y, box[3] * x)
             given = shapes if shapes is None else shapes[None]
-            planes = _cut(_pixels(image)[None], size, box, draws[None], given, how)
+            planes = _cut(_pixels(image)[None], size, box, draws[None], given, augmentation)
             return _to_uint8(planes)[0]
         box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
         image = image.resize((size, size), _PILLOW[interpolation], box=box)
         pixels = _pixels(image)
-        return pixels.flip(1) if float(draws[-1]) < how.flip else pixels
+        return pixels.flip(1) if float(draws[-1]) < augmentation.flip else pixels
 
     return _guarded("decode_crop", data, crop)
 
@@ -100,7 +101,7 @@ def decode_square(
     resizes both sides directly (CLIPA v2).
 
     Raises:
-        ValueError: the bytes are no whole image, or the interpolation has no such name.
+        ValueError: the bytes are not a whole image, or the interpolation has no such name.
     """
     _check_interpolation("decode_square", interpolation)
 

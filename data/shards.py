@@ -36,19 +36,19 @@ from .patterns import expand
 from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
-_SAID = 20  # sentences of what shards lack: thousands of them would hide the rest
+_SAID = 20  # warnings of what shards lack; thousands of them would hide the rest
 _TRIES = 100  # unreadable samples in a row before a run gives up
 
 
 def scan(path: Path, cache: Path | None = None) -> np.ndarray:
-    """Where the samples of a tar lie. What is left out of it is said by a warning, each time.
+    """Where the samples of a tar lie. A warning says what is left out of it, each time.
 
     Returns:
         int64 [n, 5]: offset and size of the image, offset and size of the caption, and 1 where the
         caption is JSON. A tar that is cut short or broken within gives what is whole.
 
     Raises:
-        ValueError: the file is no uncompressed tar.
+        ValueError: the file is not an uncompressed tar.
     """
     (rows, said), _ = _scan(path, cache)
     for sentence in said:
@@ -72,7 +72,7 @@ class ShardLoader(Dataset):
         batch_size: samples of the global batch, over all processes.
         image_size: side of the images in pixels.
         context: tokens of a caption at most, special ones included.
-        steps, start_step: first step that is not, and first that is, yielded.
+        start_step, steps: the steps that are yielded, start_step to steps - 1.
         strategy, pad: how captions are cut and filled, as Tokenizer.encode.
         augmentation: strengths, as `decode_crop` and `recolour`; None is the plain crop.
         interpolation: "bilinear" (CLIPA-v2) or "bicubic" (CLIPA v1).
@@ -83,8 +83,8 @@ class ShardLoader(Dataset):
         cache: folder for the scans, as load_emoji.
 
     Raises:
-        ValueError: a batch that is empty or does not divide by world_size, a rank that is none, a
-            start after the end, a blend, a missing file, one that is no tar, no sample in any;
+        ValueError: a batch that is empty or does not divide by world_size, a rank outside it, a
+            start after the end, a blend, a missing file, one that is not a tar, no sample in any;
             while iterating, 100 samples in a row that cannot be read.
     """
 
@@ -254,8 +254,9 @@ class ShardLoader(Dataset):
         """The first readable sample at this row of this and the next batches; counts the others."""
 
         def decode(data: bytes) -> Tensor:
-            how = self.augmentation
-            return decode_crop(data, self.image_size, draws, how, self.interpolation, shapes)
+            return decode_crop(
+                data, self.image_size, draws, self.augmentation, self.interpolation, shapes
+            )
 
         for _ in range(_TRIES):
             try:

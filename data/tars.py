@@ -5,7 +5,7 @@ extension its sample has already starts another sample of that name, as webdatas
 are read in lower case. A hard or symbolic link is the file of this tar that it names.
 
 Where a header is broken, or zeros stand that do not end the file, reading goes on at the next
-header whose checksum is right, wherever it begins. Whatever is left out is told.
+header whose checksum is right, wherever it begins. Whatever is left out is reported.
 """
 
 import io
@@ -31,7 +31,7 @@ def samples_of(path: Path) -> tuple[np.ndarray, list[str]]:
     """The rows of `scan` for one tar, and a sentence for each kind of thing that is left out.
 
     Raises:
-        ValueError: the file is no uncompressed tar. OSError: it cannot be read.
+        ValueError: the file is not an uncompressed tar. OSError: it cannot be read.
     """
     end, lost = path.stat().st_size, {}
     places: dict[str, tuple[int, int]] = {}
@@ -93,7 +93,7 @@ def _refuse_packed(path: Path, start: bytes) -> None:
 
 
 def _members(file: BinaryIO, end: int, lost: _Lost) -> Iterator[tarfile.TarInfo]:
-    """The members in order, past broken headers; `lost` gains what there is no reading."""
+    """The members in order, past broken headers; `lost` gains what cannot be read."""
     # TarFile refuses a file whose first header is broken; made of an empty archive, it reads on.
     tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * _BLOCK)))
     tar.fileobj, tar.offset = file, 0

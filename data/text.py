@@ -46,7 +46,7 @@ class Tokenizer:
     Attributes: start and end int or None, pad int, vocab_size int (largest id + 1).
 
     Raises:
-        TypeError: tokenizer is none.
+        TypeError: tokenizer is not one.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -95,7 +95,7 @@ class Tokenizer:
             ValueError: the context leaves no content token, the strategy has no such name, a word
                 is not in the vocabulary, which has no token for such, or a caption has no token at
                 all and the vocabulary no special ones.
-            TypeError: a caption is no string.
+            TypeError: a caption is not a string.
 
         >>> words = Tokenizer(train_wordpiece(["red balloon", "blue balloon"], 40))
         >>> ids, cu_seqlens, max_seqlen = words.encode(["red balloon", ""], 8)
@@ -213,7 +213,7 @@ def bert_wordpiece(path: Path | str) -> Tokenizer:
     that comes twice the later line counts; empty lines at the end do not.
 
     Raises:
-        ValueError: the file is missing, no text, or lacks [UNK] or [CLS].
+        ValueError: the file is missing, is not text, or lacks [UNK] or [CLS].
     """
     return Tokenizer(read_wordpiece(Path(path)))
 
@@ -226,8 +226,8 @@ def clip_bpe(path: Path | str | None = None) -> Tokenizer:
             open_clip_torch.
 
     Raises:
-        ValueError: the file is missing or is no merge table, has fewer merges than CLIP's, or one
-            of pieces that none before it made.
+        ValueError: the file is missing or is not a merge table, has fewer merges than CLIP's, or
+            one of pieces that none before it made.
         RuntimeError: path is None and neither is installed.
     """
     return Tokenizer(read_clip_merges(None if path is None else Path(path)))

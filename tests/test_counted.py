@@ -316,6 +316,10 @@ TRAFFIC = {
         lambda x: x.index_put_((LAST,), ROWS),
         {"index_put_": (1, 16 + 32, 32)},
     ),
+    "copy of rows": (
+        lambda x: x.index_copy_(0, LAST, ROWS),
+        {"index_copy_": (1, 16 + 32, 32)},
+    ),
     "scatter add": (
         lambda x: x.index_put_((LAST,), ROWS, accumulate=True),
         {"index_put_": (1, 16 + 32 + 32, 32)},

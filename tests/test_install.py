@@ -1,11 +1,16 @@
 """What README's install brings is enough for every preset."""
 
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from data.drawings import PACKAGES
 from data.text import clip_bpe
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +48,56 @@ def test_clips_merges_of_no_package(installed):
         clip_bpe()
 
 
-def test_the_train_extra_brings_the_merges(monkeypatch):
+@pytest.fixture
+def declared(monkeypatch):
+    """The names of the packages that each extra of setup.py installs, beside the library's own."""
     import setuptools
 
     said = {}
     monkeypatch.setattr(setuptools, "setup", said.update)
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     exec(compile(text, str(ROOT / "setup.py"), "exec"), {"__file__": str(ROOT / "setup.py")})
+
+    def names(requirements):
+        return {normal(re.match(r"[\w.-]+", one)[0]) for one in requirements}
+
+    always = names(said["install_requires"]) | {"triton"}  # torch brings triton where there is one
+    return {extra: always | names(found) for extra, found in said["extras_require"].items()}
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported(*places):
+    """The top-level modules of others that the files import, wherever in them."""
+    files = [file for place in places for file in sorted(ROOT.glob(place))]
+    own = {path.stem for path in ROOT.iterdir()} | {path.stem for path in files}
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+    return {name.split(".")[0] for name in found} - own - sys.stdlib_module_names
+
+
+PROGRAM = ("train.py", "evaluate.py", "data/*.py", "models/*.py", "training/*.py")
+
+
+@pytest.mark.parametrize(
+    ("extra", "places"),
+    [("train", PROGRAM), ("test", (*PROGRAM, "tests/*.py", "bench/**/*.py"))],
+    ids=["train", "test"],
+)
+def test_the_extras_bring_what_is_imported(declared, extra, places):
+    brought = packages_distributions()
+    # Rivals that only their benches import, and skip where they are not installed.
+    rivals = (declared["bench"] | declared["gpu"]) - declared["test"]
+    for module in imported(*places):
+        names = {normal(name) for name in brought.get(module, [module])}
+        allowed = declared[extra] | (rivals if extra == "test" else set())
+        assert names & allowed, f"{module} of {sorted(names)} is not declared by {extra}"
+
+
+def test_the_extras_bring_drawings_and_vocabularies(declared):
+    """Packages whose files are read and whose code is not imported."""
     for extra in ("train", "test", "bench"):
-        assert any(name.startswith("openai-clip") for name in said["extras_require"][extra])
+        assert {*map(normal, PACKAGES), "openai-clip", "textblob"} <= declared[extra]

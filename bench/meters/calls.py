@@ -83,7 +83,7 @@ def calls() -> Iterator[Call]:
 
 
 def launched(stage: Stage) -> tuple:
-    """What of a stage decides on its launches."""
+    """The fields of a stage that decide its launches."""
     table = stage.pos_embed == "learnable"
     return stage.image_size, stage.image_mask, stage.image_drop, stage.context, table
 

@@ -187,7 +187,7 @@ def _traffic(
         return _bytes(rest) + _bytes(written), _bytes(written)
     if name in SCATTERS:
         moved = max((tensor.numel() for tensor in rest), default=0) * first[0].element_size()
-        adds = "add" in name or kwargs.get("accumulate") or args[3:4] == (True,)
+        adds = "add" in name or kwargs.get("accumulate") or any(arg is True for arg in args[3:4])
         return _bytes(rest) + (moved if adds else 0), moved
     if name in ("nll_loss_forward", "nll_loss_backward"):  # one column of each row
         target = next(tensor for tensor in tensors if tensor.dtype == torch.int64)

@@ -46,5 +46,40 @@ from .patch_embed import patch_embed, patch_embed_reference
 
 __version__ = "0.1.0"
 
-# All that is imported above: modules are not callable.
-__all__ = sorted(name for name, value in globals().items() if callable(value))
+__all__ = [
+    "ClipLoss",
+    "Packed",
+    "PatchDropout",
+    "PatchDropoutWithIndices",
+    "SigLipLoss",
+    "add_layer_norm",
+    "add_layer_norm_reference",
+    "all_patches",
+    "bias_gelu",
+    "bias_gelu_reference",
+    "block_patches",
+    "block_text",
+    "contrastive_loss",
+    "contrastive_loss_reference",
+    "cu_seqlens_of",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "grid_patches",
+    "keep_count",
+    "pack",
+    "patch_embed",
+    "patch_embed_reference",
+    "philox_bits",
+    "philox_uniform",
+    "random_patches",
+    "random_text",
+    "sigmoid_loss",
+    "sigmoid_loss_reference",
+    "syntax_text",
+    "truncate_text",
+    "unpack",
+    "varlen_attention",
+    "varlen_attention_forward",
+    "varlen_attention_qkvpacked",
+    "varlen_attention_reference",
+]

@@ -17,9 +17,6 @@ from torch import Tensor
 from clipa_kernels import philox_bits
 from clipa_kernels.masking.philox import ORDER_STREAM, TURN_STREAM
 
-# Streams of the counter-based generator. Others: 2 and 0xFF02 augment.py, 4 and 0xFF01 emoji.py,
-# from 5 on shards.py.
-
 
 class Fault(NamedTuple):
     """Samples that could not be read, of one kind: how many, and which was first and why."""

@@ -383,17 +383,14 @@ def _check_stage(config: Config, name: str, world_size: int) -> None:
 def _check_files(config: Config) -> None:
     run, tokenizer = config.run, config.data.tokenizer
     if run.resume not in ("auto", "never"):
-        found = Path(run.resume).is_file()
         must = 'be "auto", "never" or a checkpoint file'
-        _require(found, "run.resume", must, repr(run.resume))
+        _require(Path(run.resume).is_file(), "run.resume", must, repr(run.resume))
     if tokenizer not in ("wordpiece", "clip"):
-        found = Path(tokenizer).is_file()
         must = 'be "wordpiece", "clip" or a file (tokenizers JSON or BERT vocab.txt)'
-        _require(found, "data.tokenizer", must, repr(tokenizer))
+        _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.output):
-            pass
+        tempfile.TemporaryFile(dir=run.output).close()
     except (OSError, ValueError) as error:  # ValueError: letters that no path can hold
         came = f"{run.output!r} ({getattr(error, 'strerror', None) or error})"
         must = "be a folder that can be written"

@@ -353,6 +353,11 @@ def test_from_json_refuses(text, sentence):
         from_json(text)
 
 
+def test_what_a_run_resumed_from_is_not_saved():
+    config = changed(Config(), run__resume="never", run__seed=3)
+    assert from_json(to_json(config)) == changed(Config(), run__seed=3)
+
+
 def test_from_json_fills_what_an_older_version_lacks():
     assert from_json('{"optim": {"beta1": 0.5}}') == changed(Config(), optim__beta1=0.5)
 

@@ -480,7 +480,7 @@ def test_a_run_starts_from_the_config_that_another_saved(whole, tmp_path):
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     values["stages"]["last"] = values["stages"]["high"]
     (tmp_path / "run.json").write_text(json.dumps(values))
-    with pytest.raises(SystemExit, match="would change stages.last.image_size None to 48"):
+    with pytest.raises(SystemExit, match=r"would change stages \[.*\] to \[.*'high', 'last'\];"):
         train.main(words)
     newest = str(checkpoint.checkpoints(tmp_path / "run")[-1])
     train.main([*words, "--resume", newest])

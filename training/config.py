@@ -223,7 +223,8 @@ def describe(config: Config) -> str:
 
 
 def to_json(config: Config) -> str:
-    """The Config as a JSON object; `from_json` reads it back."""
+    """The Config as JSON, for `from_json`; `resume` is "auto", as what was asked holds once."""
+    config = replace(config, run=replace(config.run, resume="auto"))
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 

@@ -1,7 +1,7 @@
 """Zero-shot classification and image-text retrieval of a checkpoint.
 
-python evaluate.py runs/emoji                         the embedded drawings, split by split
-python evaluate.py runs/emoji --images photos         a folder of one folder a class
+python evaluate.py runs/emoji                             the embedded drawings, split by split
+python evaluate.py runs/emoji --images photos             a folder of one folder a class
 python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards
 """
 

@@ -196,11 +196,11 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         if saved and saved["stage"] == stage:
             checkpoint.check_matches(saved, config, model, stage)
             done = checkpoint.restore(saved, model, optimizer)
-        done = run_stage(run, stage, model, optimizer, done)
+        began, done = done, run_stage(run, stage, model, optimizer, done)
         if done < config.stages[stage].steps:
             world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage}")
             return
-        if stage not in run.metrics["stages"]:
+        if done > began or stage not in run.metrics["stages"]:
             run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
             if world.is_main:
                 run.metrics["stages"][stage] = evaluation(run, stage, model)

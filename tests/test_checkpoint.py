@@ -225,7 +225,7 @@ CHANGES_NOTHING = {
 CHANGES_TRAINING = {
     "stages__short__lr": 0.2, "stages__short__steps": 11, "stages__short__batch_size": 64,
     "run__seed": 1, "run__precision": "bf16", "data__source": "b.tar", "augment__rotate": 3.0,
-    "stages__full__context": 8, "optim__weight_decay": 0.3, "stages__high": Stage(),
+    "stages__full__context": 8, "optim__weight_decay": 0.3,
 }  # fmt: skip
 
 
@@ -236,9 +236,43 @@ def test_flags_that_change_no_training_do_not_stop_a_resume(tmp_path):
     for field, value in CHANGES_TRAINING.items():
         with pytest.raises(ValueError, match=f"would change {field.replace('__', '.')}"):
             checkpoint.find(changed(config, **{field: value}), world)
+    short = {"short": config.stages["short"]}
+    for stages in ({**config.stages, "high": Stage()}, short):
+        words = re.escape(f"would change stages ['short', 'full'] to {list(stages)!r};")
+        with pytest.raises(ValueError, match=words):
+            checkpoint.find(changed(config, stages=stages), world)
     free = {name for name in flat(config) if checkpoint._FREE.fullmatch(name)}
     asked = {name.replace("__", ".") for name in CHANGES_NOTHING}
     assert free == {*asked, "config", "run.output", "run.resume"}
+
+
+def test_a_changed_run_keeps_what_its_checkpoints_are_counted_by(tmp_path):
+    """Named by --resume, a run may change; not the place of its stage, nor to fewer steps."""
+    config = run_that_wrote(tmp_path)
+    save(tmp_path, state_at(6), 6)
+    world, path = World(0, 0, 1, torch.device("cpu")), str(tmp_path / "1-short-00000005.pt")
+    config = changed(config, run__resume=path)
+    turned = dict(reversed(config.stages.items()))
+    for change, words in (
+        ({"stages": turned}, "its stage short must be number 2 as in this run, got number 1"),
+        ({"stages__short__steps": 4}, r"step must be in \[0, 4\], the steps of stage short, got 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            checkpoint.find(changed(config, **change), world)
+    assert len(names(tmp_path)) == 2  # nothing is moved before all is right
+    more = changed(config, stages={**config.stages, "high": Stage()})
+    assert checkpoint.find(more, world)["step"] == 5
+    assert names(tmp_path) == ["1-short-00000005.pt"]
+
+
+def test_checkpoints_of_other_names_are_not_passed_over(tmp_path):
+    save(tmp_path, state_at(1), 1).rename(tmp_path / "short-00000001.pt")
+    with pytest.raises(
+        RuntimeError, match=r"must be named .*, got short-00000001\.pt; take another"
+    ):
+        latest(tmp_path)
+    save(tmp_path, state_at(2), 2)
+    assert latest(tmp_path)["step"] == 2
 
 
 @pytest.mark.parametrize("key", ["optimizer", "rng"])

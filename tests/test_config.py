@@ -125,6 +125,16 @@ def test_flags_override_a_file(tmp_path):
         parse(["--config", "none"])
 
 
+def test_a_file_may_come_from_any_editor(tmp_path):
+    own, path = changed(preset("emoji"), run__seed=3), tmp_path / "run.json"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(to_json(own), encoding=encoding)
+        assert parse(["--config", str(path)]) == own
+    path.write_bytes(b'{"run": {"output": "\xff"}}')
+    with pytest.raises(ValueError, match=r"run\.json must be text in UTF-8, got bytes that are no"):
+        parse(["--config", str(path)])
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -227,7 +237,14 @@ BAD = {
     "model.size": ("XXL", "model.size must be one of demo, .* got 'XXL'"),
     "preset": ("none", "preset must be one of emoji, .* got 'none'"),
     "stages": ({"a-b": Stage()}, "name of a stage must be a word .* got 'a-b'"),
+    "run.output": ("a\0b", "output must be a folder that can be written, got .*null"),
 }
+
+
+@pytest.mark.parametrize("name", ["", "1a", "_a", "a b", "a/b", "é", "a" * 41])
+def test_a_stage_has_a_name_that_files_and_flags_can_hold(good, name):
+    with pytest.raises(ValueError, match="name of a stage must be a word of at most 40 letters"):
+        validate(changed(good, stages={name: Stage()}))
 
 
 @pytest.mark.parametrize("field", BAD)
@@ -319,12 +336,26 @@ def test_output_that_cannot_be_written(where, tmp_path):
         ('{"optim": 3}', "type OptimPart must hold one, got 3 as optim"),
         ('{"augment": {"scale": [1]}}', r"must hold one, got \[1\] as augment.scale"),
         ('{"augment": {"rotate": -1}}', r"augment: rotate must be in \[0, 360\], got -1"),
+        ('{"optim": {"beta1": NaN}}', r"optim.beta1 must be in \[0, 1\), got nan"),
+        ('{"model": {"size": "XXL"}}', "model.size must be one of demo, .* got 'XXL'"),
+        ('{"stages": {"a.b": {}}}', "name of a stage must be a word .* got 'a.b'"),
+        ('{"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}', "field of Config, got a, b, c and 2 more"),
+        ("[" * 100_000, "must be a JSON object"),
+        ('{"run": {"seed": %s}}' % ("9" * 5000), "must be a JSON object"),
     ],
-    ids=["cut", "list", "unknown", "in-a-stage", "text", "share", "switch", "part", "one", "range"],
-)
+    ids=[
+        "cut", "list", "unknown", "in-a-stage", "text", "share", "switch", "part", "one", "range",
+        "nan", "choice", "name", "many", "deep", "digits",
+    ],
+)  # fmt: skip
 def test_from_json_refuses(text, sentence):
     with pytest.raises(ValueError, match=sentence):
         from_json(text)
+
+
+def test_what_a_run_resumed_from_is_not_saved():
+    config = changed(Config(), run__resume="never", run__seed=3)
+    assert from_json(to_json(config)) == changed(Config(), run__seed=3)
 
 
 def test_from_json_fills_what_an_older_version_lacks():

@@ -18,6 +18,9 @@ from .distributed import World
 
 def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
     """The CLIP of a stage, with fresh weights; vocab_size entries must fit in its token table."""
+    if stage not in config.stages:
+        known = ", ".join(config.stages)
+        raise ValueError(f"build_model: stage must be one of {known}, got {stage!r}")
     data, model, sizes = config.data, config.model, config.stages[stage]
     if vocab_size > data.vocab_size:
         raise ValueError(

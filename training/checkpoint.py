@@ -2,7 +2,8 @@
 
 A file is a dict in open_clip's layout with a little more:
 
-    epoch, name, state_dict, optimizer      as open_clip writes them (its model keys)
+    epoch, name, state_dict, optimizer      as open_clip writes them (its model keys); the epoch is
+                                            the place of the stage among all, from 0
     stage, step                             name, and steps of this stage that are done
     config, tokenizer                       JSON texts
     rng, metrics                            generator states; numbers to carry on
@@ -31,7 +32,7 @@ from .optim import unwrap
 _NAME = re.compile(r"(\d+)-\w+-(\d+)\.pt")
 _KEYS = {
     "state_dict": dict, "optimizer": dict, "stage": str, "step": int, "config": str, "rng": dict,
-    "tokenizer": str, "metrics": dict,
+    "tokenizer": str, "metrics": dict, "epoch": int,
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
 _FREE = re.compile(
@@ -236,9 +237,16 @@ def latest(folder: str | Path) -> dict | None:
     A newer one that is broken is skipped with a warning.
 
     Raises:
-        RuntimeError: there are checkpoints and none can be read. Starting over would hide that.
+        RuntimeError: there are checkpoints and none can be read, or files of other names alone.
+            Starting over would hide that.
     """
     paths = checkpoints(folder)
+    others = sorted(path.name for path in Path(folder).glob("*-*[0-9].pt"))
+    if others and not paths:
+        raise RuntimeError(
+            f"latest: checkpoints in {folder} must be named <number>-<stage>-<step>.pt, "
+            f"got {others[0]}; take another folder, or start over with --resume never"
+        )
     for path in reversed(paths):
         try:
             return load(path)
@@ -293,6 +301,13 @@ def check_matches(
     if state["stage"] not in known:
         must = " or ".join(known)
         raise ValueError(f"checkpoint: its stage must be {must}, got {state['stage']!r}")
+    place, steps = config.number(state["stage"]), config.stages[state["stage"]].steps
+    if state["epoch"] != place:  # which names its files and keys its masks
+        must = f"its stage {state['stage']} must be number {place + 1} as in this run"
+        raise ValueError(f"checkpoint: {must}, got number {state['epoch'] + 1}")
+    if not 0 <= state["step"] <= steps:
+        must = f"its step must be in [0, {steps}], the steps of stage {state['stage']}"
+        raise ValueError(f"checkpoint: {must}, got {state['step']}")
     if model is None:
         return
     have, want = weights(state), unwrap(model).state_dict()
@@ -313,30 +328,35 @@ def find(config: Config, world: World) -> dict | None:
         saved = latest(config.run.output)
     elif config.run.resume != "never":
         saved = load(config.run.resume)
+    if saved is not None:
+        check_matches(saved, config)
+        if config.run.resume == "auto":
+            _check_unchanged(from_json(saved["config"]), config)
     world.barrier()  # all have looked before rank 0 moves anything
     if config.run.resume != "auto" and world.is_main:
         after = None if saved is None else config.run.resume
         moved = set_aside(config.run.output, after=after)
         if moved:
             world.print(f"newer checkpoints of an earlier run are now in {moved}")
-    if saved is None:
-        return None
-    check_matches(saved, config)
-    then, now = flat(from_json(saved["config"])), flat(config)
+    if saved is not None:
+        world.print(f"resumed at step {saved['step']} of stage {saved['stage']}")
+    return saved
+
+
+def _check_unchanged(before: Config, config: Config) -> None:
+    """ValueError if a run would go on with other flags than it began with."""
+    then, now = ({"stages": list(each.stages), **flat(each)} for each in (before, config))
     changed = [
-        name
-        for name in dict.fromkeys([*then, *now])
-        if then.get(name) != now.get(name) and not _FREE.fullmatch(name)
+        f"{name} {then[name]!r} to {value!r}"
+        for name, value in now.items()
+        if then.get(name, value) != value and not _FREE.fullmatch(name)
     ]
-    if changed and config.run.resume == "auto":
-        words = ", ".join(f"{name} {then.get(name)!r} to {now.get(name)!r}" for name in changed)
+    if changed:
         raise ValueError(
             f"checkpoint: {config.run.output} must hold a run with these flags, got one that would "
-            f"change {words}; take another --output, start over with --resume never, or name a "
-            "checkpoint with --resume to change its run"
+            f"change {', '.join(changed)}; take another --output, start over with --resume never, "
+            "or name a checkpoint with --resume to change its run"
         )
-    world.print(f"resumed at step {saved['step']} of stage {saved['stage']}")
-    return saved
 
 
 def rng_state() -> dict:

@@ -6,6 +6,7 @@ A field of a part is a flag of two words, `--optim.weight-decay 0.1`; of a stage
 
 import dataclasses
 import json
+import re
 import sys
 import tempfile
 import textwrap
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data.augment import Augmentation
+from data.files import read_text
 from models import DIALECTS, SIZES, Dialect
 
 from .presets import PRESETS
@@ -162,7 +164,7 @@ def preset(name: str) -> Config:
 
 @dataclass(frozen=True)
 class _Start:
-    preset: Preset | None = None
+    preset: str = ""
     config: str = ""
 
 
@@ -183,7 +185,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     start, _ = tyro.cli(_Start, args=argv, return_unknown_args=True, add_help=False)
     if start.config and start.preset:
         raise ValueError("config: --preset and --config must not come together, got both")
-    default = read(start.config) if start.config else preset(start.preset or "emoji")
+    recipe = start.preset if start.preset in PRESETS else "emoji"  # another one: refused below
+    default = read(start.config) if start.config else preset(recipe)
     return replace(tyro.cli(Config, args=argv, default=default), config="")
 
 
@@ -195,7 +198,7 @@ def read(path: str | Path) -> Config:
     """
     if not Path(path).is_file():
         raise ValueError(f"config: --config must be a file of a run's config, got {str(path)!r}")
-    return from_json(Path(path).read_text(encoding="utf-8", errors="replace"))
+    return from_json(read_text(Path(path), "config"))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -220,7 +223,8 @@ def describe(config: Config) -> str:
 
 
 def to_json(config: Config) -> str:
-    """The Config as a JSON object; `from_json` reads it back."""
+    """The Config as JSON, for `from_json`; `resume` is "auto", as what was asked holds once."""
+    config = replace(config, run=replace(config.run, resume="auto"))
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
@@ -228,23 +232,27 @@ def from_json(text: str) -> Config:
     """The Config of `to_json`. Fields that the text lacks take their default.
 
     Raises:
-        ValueError: not a JSON object, a field that Config does not have, a value of another type.
+        ValueError: not a JSON object, a field that Config does not have, a value of another type
+            or outside its range.
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"from_json: text must be a JSON object, got {text[:40]!r}") from error
     if not isinstance(values, dict):
         raise ValueError(f"from_json: text must be a JSON object, got {text[:40]!r}")
-    return _built(Config, values, "from_json")
+    config = _built(Config, values, "from_json")
+    _check_fields(config)
+    return config
 
 
 def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
     """A value of JSON as the type that a field asks for."""
     if isinstance(value, dict) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        if unknown := ", ".join(f"{name}{key}" for key in value if key not in hints):
-            raise ValueError(f"{function}: every key must be a field of Config, got {unknown}")
+        if unknown := [f"{name}{key}" for key in value if key not in hints]:
+            came = ", ".join(unknown[:3]) + f" and {len(unknown) - 3} more" * (len(unknown) > 3)
+            raise ValueError(f"{function}: every key must be a field of Config, got {came}")
         built = {k: _built(hints[k], v, function, f"{name}{k}.") for k, v in value.items()}
         return kind(**built)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -306,16 +314,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     Raises:
         ValueError: names the flag, what must hold and what came.
     """
-    for part in (config, config.data, config.model, config.optim, config.run):
-        _check_names(part)
-    for name, stage in config.stages.items():
-        word = name.replace("_", "")
-        good = word.isascii() and word.isalnum() and name[0].isalpha()
-        _require(good, "the name of a stage", "be a word of letters and digits", repr(name))
-        _check_names(stage, f"stages.{name}.")
-    for name, value in flat(config).items():
-        stage, _, short = name.rpartition(".")
-        check_range(short if stage.startswith("stages.") else name, value, name)
+    _check_fields(config)
     _require(bool(config.running), "one of the stages", "have steps", "none")
     for name in config.running:
         _check_stage(config, name, world_size)
@@ -327,19 +326,28 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_files(config)
 
 
+def _check_fields(config: Config) -> None:
+    """ValueError unless each field by itself is one that can be trained with."""
+    for name in config.stages:
+        good = re.fullmatch(r"[A-Za-z]\w{,39}", name, re.ASCII)  # a part of file names and flags
+        must = "be a word of at most 40 letters and digits"
+        _require(bool(good), "the name of a stage", must, repr(name))
+    parts = {f"{name}.": getattr(config, name) for name in ("data", "model", "optim", "run")}
+    parts |= {f"stages.{name}.": stage for name, stage in config.stages.items()} | {"": config}
+    for prefix, part in parts.items():
+        for name, hint in typing.get_type_hints(type(part)).items():
+            if typing.get_origin(hint) is Literal:
+                value, known = getattr(part, name), typing.get_args(hint)
+                must = f"be one of {', '.join(known)}"
+                _require(value in known, prefix + name, must, repr(value))
+    for name, value in flat(config).items():
+        stage, _, short = name.rpartition(".")
+        check_range(short if stage.startswith("stages.") else name, value, name)
+
+
 def _require(good: bool, name: str, must: str, came: object) -> None:
     if not good:
         raise ValueError(f"config: {name} must {must}, got {came}")
-
-
-def _check_names(part: Any, prefix: str | None = None) -> None:
-    if prefix is None:
-        prefix = type(part).__name__.removesuffix("Part").lower() + "."
-    for name, hint in typing.get_type_hints(type(part)).items():
-        if typing.get_origin(hint) is Literal:
-            value, known = getattr(part, name), typing.get_args(hint)
-            whole = prefix.removeprefix("config.") + name
-            _require(value in known, whole, f"be one of {', '.join(known)}", repr(value))
 
 
 def check_range(name: str, value: Any, flag: str = "") -> None:
@@ -376,18 +384,15 @@ def _check_stage(config: Config, name: str, world_size: int) -> None:
 def _check_files(config: Config) -> None:
     run, tokenizer = config.run, config.data.tokenizer
     if run.resume not in ("auto", "never"):
-        found = Path(run.resume).is_file()
         must = 'be "auto", "never" or a checkpoint file'
-        _require(found, "run.resume", must, repr(run.resume))
+        _require(Path(run.resume).is_file(), "run.resume", must, repr(run.resume))
     if tokenizer not in ("wordpiece", "clip"):
-        found = Path(tokenizer).is_file()
         must = 'be "wordpiece", "clip" or a file (tokenizers JSON or BERT vocab.txt)'
-        _require(found, "data.tokenizer", must, repr(tokenizer))
+        _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.output):
-            pass
-    except OSError as error:
-        came = f"{run.output!r} ({error.strerror or error})"
+        tempfile.TemporaryFile(dir=run.output).close()
+    except (OSError, ValueError) as error:  # ValueError: letters that no path can hold
+        came = f"{run.output!r} ({getattr(error, 'strerror', None) or error})"
         must = "be a folder that can be written"
         raise ValueError(f"config: run.output must {must}, got {came}") from error

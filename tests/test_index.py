@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import test_shards
 import torch
+import torch.multiprocessing as mp
 from test_batches import same
 from test_shards import shard_loader
 
@@ -15,6 +18,7 @@ from data import index
 from data import shards as shards_module
 from data.index import TABLE, known_sizes, main, read_table
 from data.shards import ShardLoader, expand
+from training import build, distributed
 
 numbers, shards = test_shards.numbers, test_shards.shards  # fixtures
 
@@ -158,3 +162,36 @@ def test_places_are_those_of_a_search_without_tables(numbers, copies, tmp_path):
         windows = [slots[shard] for shard, _ in found]
         assert windows == sorted(windows) and int(ends[-1]) == len(found)
     assert np.all(known_sizes(paths) == sizes.numpy())
+
+
+def _member(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.setup("cpu", threads=1, timeout=60)
+    real, counted = index.count, []
+    build.count = lambda path: counted.append(path.name) or real(path)
+    build.count_samples(pattern(folder), world)
+    assert counted == [["00.tar", "02.tar", "04.tar"], ["01.tar", "03.tar"]][rank]
+    assert read_table(Path(folder)) == {f"0{i}.tar": 7 for i in range(5)}
+    build.count_samples(pattern(folder), world)
+    assert len(counted) == [3, 2][rank]  # all is known
+
+    if rank == 0:
+        (Path(folder) / "01.tar").unlink()
+        (Path(folder) / "01.tar").write_text("no tar")
+        (Path(folder) / TABLE).unlink()
+    world.barrier()
+    try:
+        build.count_samples(pattern(folder), world)
+    except (ValueError, SystemExit) as error:  # told by the process that met it, and all end
+        assert ("01.tar must be an uncompressed tar" in str(error)) == (rank == 1)
+    else:
+        raise AssertionError("all must end")
+    world.close()
+
+
+def test_processes_share_the_count_and_its_end(copies, cache):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_member, args=(port, str(copies)), nprocs=2)

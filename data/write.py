@@ -1,7 +1,7 @@
 """Pictures with captions become tar shards, and the table of their sizes.
 
     python -m data.write photos shards          1.jpg with 1.txt beside it, in folders too
-    python -m data.write photos.csv shards      columns of file names and captions; also .tsv, .parquet
+    python -m data.write photos.csv shards      columns of file names and captions; .tsv, .parquet
     python -m data.write --embedded shards      the embedded drawings that train, with their names
 
 Files are copied as they are. Shards are written whole, one after the other, in the order of the

@@ -114,7 +114,7 @@ def test_bytes_of_a_whole_block_beside_a_rival(rival, most):
 
 def test_machine_code_of_every_launch():
     """Each rung and variant for three architectures: nothing spills, loads are whole vectors."""
-    rows = machine_code("layer_norm", "gelu", "common")
+    rows = machine_code("layer_norm", "gelu", "launch")
     check_rows(rows, spills_nothing)
     rows = [row for row in rows if row.kernel != "sum_partial"]
     whole = [row for row in rows if "*bf16" in row.types.values() and row.sizes["D"] >= 384]

@@ -70,8 +70,8 @@ class Launch:
 
     @property
     def room(self) -> str:
-        """The kernel's folder or module in the library: "gelu"."""
-        return self.kernel.fn.__module__.split(".")[1]
+        """The kernel's folder or module in the library, "gelu"; the module of another's kernel."""
+        return self.kernel.fn.__module__.removeprefix("clipa_kernels.").split(".")[0]
 
     def key(self) -> str:
         """Equal for launches that the compiler cannot tell apart."""

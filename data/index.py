@@ -31,7 +31,7 @@ TABLE = "sizes.json"
 _EVERY = 60.0  # seconds between writes
 
 
-def known_sizes(paths: Sequence[Path]) -> np.ndarray:
+def known_sizes(paths: Sequence[str | Path]) -> np.ndarray:
     """Samples of each shard by the tables beside it, int64 [n]; -1 where none tells.
 
     A shard that is newer than its table is not known by it, and a warning says so.
@@ -39,34 +39,34 @@ def known_sizes(paths: Sequence[Path]) -> np.ndarray:
     Raises:
         ValueError: a table that is not JSON of file names and counts; names it.
     """
-    tables: dict[Path, dict[str, int]] = {}
-    written: dict[Path, float] = {}
-    newer: dict[Path, list[str]] = defaultdict(list)
+    tables: dict[str, dict[str, int]] = {}
+    written: dict[str, float] = {}
+    newer: dict[str, list[str]] = defaultdict(list)
     sizes = np.full(len(paths), -1, dtype=np.int64)
     for place, path in enumerate(paths):
-        folder = path.parent
+        folder, name = os.path.split(path)
         if folder not in tables:
-            tables[folder] = read_table(folder)
-            written[folder] = _time(folder / TABLE)
-        sizes[place] = tables[folder].get(path.name, -1)
+            tables[folder] = read_table(Path(folder))
+            written[folder] = _time(os.path.join(folder, TABLE))
+        sizes[place] = tables[folder].get(name, -1)
         if sizes[place] < 0:
             sizes[place] = _img2dataset(path)
         elif _time(path) > written[folder]:
-            newer[folder].append(path.name)
+            newer[folder].append(name)
             sizes[place] = -1
     for folder, names in newer.items():
         came = f"one older than {len(names)} of them, the first {names[0]}"
         warnings.warn(
-            f"index: {folder / TABLE} must be newer than its shards, got {came}; "
+            f"index: {os.path.join(folder, TABLE)} must be newer than its shards, got {came}; "
             "these are counted again (touch the table if it is right)",
             stacklevel=3,
         )
     return sizes
 
 
-def _time(path: Path) -> float:
+def _time(path: str | Path) -> float:
     try:
-        return path.stat().st_mtime
+        return os.stat(path).st_mtime
     except OSError:
         return 0.0
 
@@ -86,10 +86,10 @@ def read_table(folder: Path) -> dict[str, int]:
     return table
 
 
-def _img2dataset(path: Path) -> int:
+def _img2dataset(path: str | Path) -> int:
     """The samples that img2dataset says it put into a shard; -1 where it says nothing."""
     try:
-        told = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())
+        told = json.loads(Path(f"{os.path.splitext(path)[0]}_stats.json").read_bytes())
         return int(told["successes"])
     except (OSError, ValueError, TypeError, KeyError):
         return -1

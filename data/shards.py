@@ -2,9 +2,10 @@
 
 A shard is an uncompressed tar; members that share the name up to the first dot are a sample:
 `000012.jpg` (jpeg, png, webp) with `000012.txt` or `000012.json` (its "caption"); tars.py has the
-details. Each tar is scanned once for the offsets of its members, the scan is kept in the user's
-cache folder, and from then on any sample is one seek away: a run resumes at step k without reading
-what came before. No shard is mapped or kept open, and only a window's scans are held.
+details. A run starts from the number of samples of each shard (index.py); a tar is scanned for the
+offsets of its members when its window opens, the scan is kept in the user's cache folder, and from
+then on any sample is one seek away: a run resumes at step k without reading what came before. No
+shard is mapped or kept open, and only a window's scans are held.
 
 An epoch permutes the shards, then the samples inside each window of `window` neighbouring shards,
 so that only so many files are read at a time. A sample that cannot be read, for whatever reason,
@@ -31,8 +32,9 @@ from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
 from .cache import Scan, kept_scan
 from .images import _check_interpolation, decode_crop, decode_square
+from .index import known_sizes
 from .pairs import Unreadable, captions_of, read_pair
-from .patterns import expand
+from .patterns import expand, file_names
 from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
@@ -127,19 +129,21 @@ class ShardLoader(Dataset):
                 "ShardLoader: augmentation must not blend, as a sample of a shard has one picture, "
                 f"got blend {augmentation.blend}"
             )
-        self.paths, self.cache, self.window = expand(pattern), cache, window
+        self.names, self.cache, self.window = file_names(pattern), cache, window
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
+        self._told: set[int] = set()  # shards whose faults have been told
+        known = known_sizes(self.names)
         said: list[str] = []
-        self.sizes = torch.tensor(
-            [len(self._first_scan(shard, said)) for shard in range(len(self.paths))]
-        )
+        for shard in np.flatnonzero(known < 0).tolist():
+            known[shard] = len(self._first_scan(shard, said))
         _warn(said)
+        self.sizes = known
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
                 f"ShardLoader: shards must hold samples (an image and its .txt or .json), got none "
-                f"in {len(self.paths)} files, the first {self.paths[0]}"
+                f"in {len(self.names)} files, the first {self.names[0]}"
             )
         self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
@@ -147,7 +151,8 @@ class ShardLoader(Dataset):
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
         self.workers, self.prefetch = workers, prefetch
-        self._mixed: dict[tuple[int, int], Tensor] = {}
+        self._mixed: dict[tuple[int, int], np.ndarray] = {}
+        self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -204,32 +209,39 @@ class ShardLoader(Dataset):
     def locate(self, place: int) -> tuple[int, int]:
         """Shard and row in it of the sample at a place of the endless stream of epochs."""
         epoch, place = divmod(place, self.count)
-        shards = self._permuted(epoch, -1, len(self.paths))
-        ends = self.sizes[shards].cumsum(0)
-        last_of_window = torch.arange(self.window, len(shards) + self.window, self.window) - 1
-        window_ends = ends[last_of_window.clamp(max=len(shards) - 1)]
-        window = int(torch.searchsorted(window_ends, place, right=True))
-        start = int(window_ends[window - 1]) if window else 0
-        mixed = self._permuted(epoch, window, int(window_ends[window]) - start)
-        at = start + int(mixed[place - start])
-        shard = int(torch.searchsorted(ends, at, right=True))
-        row = at - int(ends[shard - 1]) if shard else at
-        return int(shards[shard]), row
+        shards, ends = self._epoch(epoch)
+        window = int(ends.searchsorted(place, "right")) // self.window
+        first = window * self.window
+        start = int(ends[first - 1]) if first else 0
+        end = int(ends[min(first + self.window, len(ends)) - 1])
+        at = start + int(self._permuted(epoch, window, end - start)[place - start])
+        shard = int(ends.searchsorted(at, "right"))
+        return int(shards[shard]), at - (int(ends[shard - 1]) if shard else 0)
 
-    def _permuted(self, epoch: int, window: int, count: int) -> Tensor:
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of an epoch's shards, and where each ends in the epoch's row of samples."""
+        if epoch not in self._ends:
+            while len(self._ends) > 1:
+                self._ends.pop(next(iter(self._ends)), None)
+            shards = self._permuted(epoch, -1, len(self.names))
+            self._ends[epoch] = shards, self.sizes[shards].cumsum()
+        return self._ends[epoch]
+
+    def _permuted(self, epoch: int, window: int, count: int) -> np.ndarray:
         """The order of an epoch's shards (window -1) or of a window's samples; a few are kept."""
         key = (epoch, window)
         if key not in self._mixed:
             while len(self._mixed) > 6:
                 self._mixed.pop(next(iter(self._mixed)), None)
             stream = WINDOW_STREAM + (window + 1) % 2**15
-            self._mixed[key] = order(self.seed, epoch, count, stream=stream)
+            self._mixed[key] = order(self.seed, epoch, count, stream=stream).numpy()
         return self._mixed[key]
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
         """A shard's scan; `said` gains what is left out of the shard."""
-        (rows, sentences), kept = _scan(self.paths[shard], self.cache)
+        (rows, sentences), kept = _scan(Path(self.names[shard]), self.cache)
         said += sentences
+        self._told.add(shard)
         if not kept:
             self._held[shard] = rows
         return rows
@@ -240,7 +252,15 @@ class ShardLoader(Dataset):
         if shard not in self._scans:
             while len(self._scans) >= 2 * self.window:
                 self._scans.pop(next(iter(self._scans)), None)
-            self._scans[shard] = _scan(self.paths[shard], self.cache)[0][0]
+            (rows, said), _ = _scan(Path(self.names[shard]), self.cache)
+            self._scans[shard] = rows
+            if len(rows) != self.sizes[shard]:
+                size, held = int(self.sizes[shard]), len(rows)
+                must = f"must hold the {size} samples that its index says, got {held}"
+                said = [*said, f"shards: {self.names[shard]} {must}; see python -m data.index"]
+            if shard not in self._told:
+                _warn(said)
+                self._told.add(shard)
         return self._scans[shard]
 
     def _readable(
@@ -272,9 +292,12 @@ class ShardLoader(Dataset):
         self, place: int, decode: Callable[[bytes], Tensor], careful: bool
     ) -> tuple[Tensor, str]:
         shard, row = self.locate(place)
-        path = self.paths[shard]
+        path = Path(self.names[shard])
         try:
-            places = self._scan_of(shard)[row].tolist()
+            rows = self._scan_of(shard)
+            if row >= len(rows):
+                raise ValueError(f"must hold {int(self.sizes[shard])} samples, got {len(rows)}")
+            places = rows[row].tolist()
             with open(path, "rb") as file:
                 image, caption = read_pair(file, path, places, decode)
         except (ValueError, IndexError, OSError) as error:  # the shard is gone or another

@@ -62,6 +62,11 @@ SHORT = {
     'torchrun --nproc_per_node 8 train.py --preset clipa-v1-b16 --data "shards/{0000..0999}.tar" '
     "--output runs/b16": "-m torch.distributed.run --standalone --nproc_per_node 2 train.py "
     '--preset clipa-v1-b16 --data "{folder}/{{0000..0001}}.tar" {flags}',
+    "python -m data.write photos shards": "-m data.write {folder}/photos {folder}/written",
+    'python -m data.index "shards/{00000..41407}.tar"': "-m data.index "
+    '"{folder}/{{0000..0001}}.tar"',
+    'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "-m data.shrink "
+    '"{folder}/{{0000..0001}}.tar" {folder}/small --side 16',
     "pytest bench/bench_train_step.py": "-m pytest -p no:cacheprovider bench/bench_train_step.py "
     '--benchmark-disable -k "fp32 or equal"',
     "python -m bench.bench_train_step": "-m bench.bench_train_step --samples 256 --seeds 1",
@@ -74,6 +79,9 @@ SHORT = {
 SHOWS = {
     "python train.py --help": "--preset",
     "python evaluate.py runs/emoji": "held-out drawings",
+    "python -m data.write photos shards": "40 samples, and sizes.json, in ",
+    'python -m data.index "shards/{00000..41407}.tar"': "40 samples",
+    'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",
     "pytest bench/bench_train_step.py": "2 passed",
     "python -m bench.bench_train_step": "open_clip  new concepts",
     "python -m bench.bench_contrastive 8192": "bf16 open_clip ",
@@ -103,12 +111,14 @@ def run(*words):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     assert "report.png" in run("train.py", *flags(folder / "trained"))
+    (folder / "photos").mkdir()
     for shard in range(2):
         with tarfile.open(folder / f"{shard:04}.tar", "w") as tar:
             for number in range(20 * shard, 20 * shard + 20):
                 picture = io.BytesIO()
                 Image.new("RGB", (40, 40), (6 * number, 255 - 6 * number, 90)).save(picture, "PNG")
                 for name, data in (("png", picture.getvalue()), ("txt", b"colour %d" % number)):
+                    (folder / "photos" / f"{number}.{name}").write_bytes(data)
                     member = tarfile.TarInfo(f"{number}.{name}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

@@ -1,13 +1,18 @@
 """What a stage trains: its model, pairs and tokenizer, its batches, and a batch on the device."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from clipa_kernels import Packed, block_patches, grid_patches, random_patches
 from data.batches import Batch
 from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
+from data.index import count, known_sizes, write_tables
+from data.patterns import expand
 from data.shards import ShardLoader, first_captions
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
 from models import CLIP, build
@@ -50,6 +55,31 @@ def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, To
         return pairs, load_tokenizer(config.data.tokenizer)
     captions = pairs.training_captions() if pairs else first_captions(config.data.source)
     return pairs, Tokenizer(train_wordpiece(captions, config.data.vocab_size, start=False))
+
+
+def count_samples(pattern: str, world: World) -> None:
+    """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
+    paths = expand(pattern)
+    unknown = np.flatnonzero(known_sizes(paths) < 0).tolist()
+    counted: list[tuple[Path, int]] = []
+    bar = tqdm(total=len(unknown), unit="shard", disable=not (unknown and world.is_main))
+    for start in range(0, len(unknown), 16 * world.size):  # in step, so that none waits for long
+        part = [paths[place] for place in unknown[start : start + 16 * world.size]]
+        sizes, wrong = torch.zeros(len(part), dtype=torch.int64), None
+        for place in range(world.rank, len(part), world.size):
+            try:
+                sizes[place] = count(part[place])
+            except (ValueError, OSError) as error:
+                wrong = error
+                break
+        if world.any(wrong is not None):
+            raise wrong or SystemExit(1)  # told by the process that met it
+        counted += zip(part, world.sum(sizes).tolist(), strict=True)
+        bar.update(len(part))
+    bar.close()
+    if world.is_main and counted and (refused := write_tables(counted)):
+        world.print(f"{refused[0]} cannot be written; shards are counted again by the next run")
+    world.barrier()
 
 
 def open_batches(

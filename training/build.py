@@ -60,7 +60,8 @@ def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, To
 def count_samples(pattern: str, world: World) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
     paths = expand(pattern)
-    unknown = np.flatnonzero(known_sizes(paths) < 0).tolist()
+    missing = world.sum(torch.from_numpy((known_sizes(paths) < 0).astype(np.int64)))
+    unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
     counted: list[tuple[Path, int]] = []
     bar = tqdm(total=len(unknown), unit="shard", disable=not (unknown and world.is_main))
     for start in range(0, len(unknown), 16 * world.size):  # in step, so that none waits for long

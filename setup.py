@@ -42,6 +42,7 @@ test = [
     "open_clip_torch==3.3.0",
     "timm==1.0.31",
     "transformers>=5",
+    "pyarrow",
     "ruff",
     "build",
     "setuptools",
@@ -62,6 +63,7 @@ setup(
         "train": train,
         "test": test,
         "bench": [*train, *bench],
+        "parquet": ["pyarrow"],  # tables that data.write reads
         "gpu": ["flash-attn", "xformers"],  # rivals; never needed to import, train or test
     },
 )

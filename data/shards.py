@@ -133,12 +133,7 @@ class ShardLoader(Dataset):
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
         self._told: set[int] = set()  # shards whose faults have been told
-        known = known_sizes(self.names)
-        said: list[str] = []
-        for shard in np.flatnonzero(known < 0).tolist():
-            known[shard] = len(self._first_scan(shard, said))
-        _warn(said)
-        self.sizes = known
+        self.sizes = self._sizes()
         self.count = int(self.sizes.sum())
         if self.count == 0:
             raise ValueError(
@@ -236,6 +231,14 @@ class ShardLoader(Dataset):
             stream = WINDOW_STREAM + (window + 1) % 2**15
             self._mixed[key] = order(self.seed, epoch, count, stream=stream).numpy()
         return self._mixed[key]
+
+    def _sizes(self) -> np.ndarray:
+        """Samples of each shard; those that no table knows are counted, and told what they lack."""
+        sizes, said = known_sizes(self.names), []
+        for shard in np.flatnonzero(sizes < 0).tolist():
+            sizes[shard] = len(self._first_scan(shard, said))
+        _warn(said)
+        return sizes
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
         """A shard's scan; `said` gains what is left out of the shard."""

@@ -122,7 +122,7 @@ def _parquet(path: Path) -> Iterator[dict[str, object]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        must = "pyarrow must be installed to read it (the extra "parquet")"
+        must = "pyarrow must be installed to read it (pip install pyarrow)"
         raise ValueError(f"write: {path}: {must}, got none") from error
     for batch in parquet.ParquetFile(path).iter_batches():
         yield from batch.to_pylist()

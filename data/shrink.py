@@ -24,8 +24,7 @@ from .files import write_whole
 from .images import shrunk
 from .index import TABLE, count, write_tables
 from .patterns import expand
-
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+from .tars import IMAGES
 
 
 class Shrunk(NamedTuple):
@@ -57,7 +56,7 @@ def shrink(path: Path, folder: Path, side: int, quality: int) -> Shrunk:
                     if held and len(data) < member.size:
                         raise tarfile.ReadError(f"{member.name} is cut off")
                     stem, _, extension = member.name.rpartition(".")
-                    if held and extension.lower() in _IMAGES:
+                    if held and extension.lower() in IMAGES:
                         try:
                             small = shrunk(data, side, quality)
                         except ValueError:

@@ -18,8 +18,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_CAPTIONS = ("txt", "json")
+# Extensions that are read, the first of them where a sample has several.
+IMAGES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")
 _BLOCK = tarfile.BLOCKSIZE
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
@@ -68,7 +69,7 @@ def samples_of(path: Path) -> tuple[np.ndarray, list[str]]:
         raise ValueError(f"shards: {path} must be an uncompressed tar, got one that {_told(lost)}")
     _follow(links, places, lost)
     for name, parts in samples:
-        image, caption = (any(map(parts.__contains__, kinds)) for kinds in (_IMAGES, _CAPTIONS))
+        image, caption = (any(map(parts.__contains__, kinds)) for kinds in (IMAGES, CAPTIONS))
         if image != caption:
             kind = "images without a caption" if image else "captions without an image"
             lost.setdefault(f"has {kind}", []).append(name)
@@ -164,8 +165,8 @@ def _follow(
 
 def _row(parts: _Parts, end: int) -> tuple[int, ...] | None:
     """The row of a sample that is whole: an image and a caption, neither cut off."""
-    image = next((parts[name] for name in _IMAGES if parts.get(name)), None)
-    kind = next((name for name in _CAPTIONS if parts.get(name)), None)
+    image = next((parts[name] for name in IMAGES if parts.get(name)), None)
+    kind = next((name for name in CAPTIONS if parts.get(name)), None)
     if image and kind and sum(image) <= end and sum(parts[kind]) <= end:
         return (*image, *parts[kind], int(kind == "json"))
     return None

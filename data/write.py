@@ -22,10 +22,10 @@ from tqdm import tqdm
 from .emoji import load_emoji
 from .files import read_text, write_whole
 from .index import TABLE, write_tables
+from .tars import CAPTIONS, IMAGES
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _PATHS = ("filepath", "filename", "file", "path", "image", "image_path")  # names of columns
-_CAPTIONS = ("caption", "title", "text")
+_TEXTS = ("caption", "title", "text")
 
 Sample = dict[str, bytes]  # a sample's files by extension
 
@@ -74,9 +74,9 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def of_folder(folder: Path) -> Iterator[Sample]:
     """Images below a folder with the .txt or .json of the same name; others are left out."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGES)
     for path in files:
-        for kind in ("txt", "json"):
+        for kind in CAPTIONS:
             caption = path.with_suffix(f".{kind}")
             if caption.is_file():
                 yield {path.suffix[1:].lower(): path.read_bytes(), kind: caption.read_bytes()}
@@ -95,11 +95,11 @@ def of_table(path: Path) -> Iterator[Sample]:
     held = next(rows, None)
     if held is None:
         return
-    names = [_column(path, held, known) for known in (_PATHS, _CAPTIONS)]
+    names = [_column(path, held, known) for known in (_PATHS, _TEXTS)]
     while held is not None:
         name, caption = (held[column] for column in names)
         image = path.parent / str(name)
-        if name and caption and image.suffix.lower() in _IMAGES and image.is_file():
+        if name and caption and image.suffix[1:].lower() in IMAGES and image.is_file():
             yield {image.suffix[1:].lower(): image.read_bytes(), "txt": str(caption).encode()}
         held = next(rows, None)
 

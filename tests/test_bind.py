@@ -123,7 +123,7 @@ def group_pass(m: int, n: int, dtype: torch.dtype, first: int) -> None:
     x, y, scale = torch.zeros(m, 32, dtype=dtype), torch.zeros(n, 32, dtype=dtype), torch.ones(())
     pairs = first, 0, m
     rows, cols = ops.contrastive_stats(x, y, scale, *pairs, True)
-    stats, every = (rows, cols, scale.new_empty(0), scale), [True, True, True]
+    stats, every = (rows, cols, None, scale), [True, True, True]
     ops.contrastive_grads(x, y, scale, *stats, *pairs, every, True, True)
     ops.sigmoid_loss(x, y, scale, scale, [*every, True], *pairs, True)
 
@@ -194,7 +194,7 @@ def launchers() -> dict[str, Callable[[], object]]:
         x, row, one = torch.empty(16, 16), torch.empty(16), torch.empty(())
         q, ends = torch.empty(16, 1, 64), torch.empty(2, dtype=torch.int32)
         images, weight, token = torch.empty(1, 3, 8, 8), torch.empty(16, 192), torch.empty(1, 1, 16)
-        stats = torch.empty(3, 16), torch.empty(2, 16), one, one
+        stats = torch.empty(3, 16), torch.empty(2, 16), one
     pairs, wanted, how = (0, 0, 16), (True, True, True, True), (16, False, 1.0)
     return {
         "gelu": lambda: gelu.forward(x, row, "none"),
@@ -205,7 +205,7 @@ def launchers() -> dict[str, Callable[[], object]]:
         "attention backward": lambda: attention.backward(q, q, q, q, ends, (q, q, q), *how),
         "loss": lambda: contrastive.softmax_forward(x, x, one),
         "loss backward": lambda: contrastive_grads.softmax_grads(
-            x, x, one, *stats, pairs, wanted[:3]
+            x, x, one, *stats, pairs, wanted[:3], slope=one
         ),
         "loss over a group": lambda: contrastive.softmax_stats(x, x, one, pairs),
         "sigmoid": lambda: contrastive_grads.sigmoid_pass(x, x, one, one, pairs, wanted),

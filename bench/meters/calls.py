@@ -221,8 +221,8 @@ def loss_calls() -> Iterator[Call]:
         image, text = empty(n // GROUP, width, dtype=dtype), empty(n, width, dtype=dtype)
         scale, pairs = torch.empty(()), (0, 0, n // GROUP)
         rows, cols = contrastive_stats(image, text, scale, *pairs, True)
-        none, d_loss, wanted = scale.new_empty(0), torch.empty(()), [True] * 3
-        contrastive_grads(image, text, scale, rows, cols, none, d_loss, *pairs, wanted, True, True)
+        d_loss, wanted = torch.empty(()), [True] * 3
+        contrastive_grads(image, text, scale, rows, cols, None, d_loss, *pairs, wanted, True, True)
 
     def sigmoid(n: int, width: int, dtype: torch.dtype, learnt: bool = True) -> None:
         image, text = (x.requires_grad_(learnt) for x in features(n, width, dtype))

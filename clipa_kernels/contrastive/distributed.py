@@ -202,11 +202,11 @@ class GroupContrastive(torch.autograd.Function):
         rows, own_cols = plain.softmax_divisors(rows, own_cols, d_loss)
         cols = _all_gather(own_cols.t(), ctx.group).t().view(2, size, -1)
         d_image, d_scale, sums = None, 0, []
-        slope, one = scale.new_empty(0), torch.ones_like(scale)
+        one = torch.ones_like(scale)
         for text, pairs in zip(texts, ctx.pairs, strict=True):
             own = cols[:, :, pairs.begin : pairs.end].flatten(1)
             part, d_text, d_own_scale = ops.contrastive_grads(
-                image, text, scale, rows, own, slope, one, *pairs, wanted, True, ctx.kernels
+                image, text, scale, rows, own, None, one, *pairs, wanted, True, ctx.kernels
             )
             if wanted[0]:
                 d_image = part if d_image is None else d_image.add_(part)

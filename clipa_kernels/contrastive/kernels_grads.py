@@ -199,14 +199,15 @@ def softmax_grads(
     scale: Tensor,
     rows: Tensor,
     cols: Tensor,
-    slope: Tensor,
     d_loss: Tensor,
     pairs: tuple[int, int, int],
     wanted: tuple[bool, bool, bool],
     wide: bool = False,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As plain.softmax_grads, rows, cols and slope of softmax_forward; G carries all factors, so
-    the products are final. wide: without a slope, rows and cols of plain.softmax_divisors."""
+    """As plain.softmax_grads; rows, cols and the slope, which is the scale's gradient, are those of
+    softmax_forward; G carries all factors, so the products are final. wide: without a slope, rows
+    and cols of plain.softmax_divisors."""
     if not (wide or wanted[0] or wanted[1]):
         return None, None, slope * d_loss
     stats = dict(rows_ptr=rows.contiguous(), cols_ptr=cols.contiguous(), d_loss_ptr=d_loss)

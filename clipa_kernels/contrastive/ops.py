@@ -60,7 +60,7 @@ def contrastive_grads(
     scale: Tensor,
     rows: Tensor,
     cols: Tensor,
-    slope: Tensor,
+    slope: Tensor | None,
     d_loss: Tensor,
     first: int,
     begin: int,
@@ -69,11 +69,14 @@ def contrastive_grads(
     wide: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, text and scale, empty where not wanted; see plain.softmax_grads."""
-    pairs = plain.Pairs(first, begin, end)
+    """Gradients of image, text and scale, empty where not wanted; see plain.softmax_grads.
+
+    slope: [], the scale's gradient where the kernels' forward found it; else None.
+    """
+    pairs, known = plain.Pairs(first, begin, end), {} if slope is None else {"slope": slope}
     with torch.autocast(image.device.type, enabled=False):
         grads = _backward(kernels, image).softmax_grads(
-            image, text, scale, rows, cols, slope, d_loss, pairs, tuple(wanted), wide
+            image, text, scale, rows, cols, d_loss, pairs, tuple(wanted), wide, **known
         )
     return _or_empty(grads, scale)
 
@@ -93,7 +96,8 @@ def contrastive_loss(
     """The loss, and rows [3, M], cols [2, M] and slope ([], or without kernels [0]) for
     contrastive_grads."""
     with torch.autocast(image.device.type, enabled=False):
-        return _forward(kernels, image).softmax_forward(image, text, scale)
+        made = _forward(kernels, image).softmax_forward(image, text, scale)
+    return made if kernels else (*made, scale.new_empty(0))
 
 
 @contrastive_loss.register_fake
@@ -113,9 +117,9 @@ def _contrastive_backward(ctx, d_loss, _rows, _cols, _slope):
     if d_loss is None:
         return None, None, None, None
     wanted = list(ctx.needs_input_grad[:3])
-    image, *rest = ctx.saved_tensors
-    pairs = plain.Pairs(0, 0, image.shape[0])
-    grads = contrastive_grads(image, *rest, d_loss, *pairs, wanted, False, ctx.kernels)
+    image, *rest, slope = ctx.saved_tensors
+    slope, pairs = slope if ctx.kernels else None, plain.Pairs(0, 0, image.shape[0])
+    grads = contrastive_grads(image, *rest, slope, d_loss, *pairs, wanted, False, ctx.kernels)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None
 
 

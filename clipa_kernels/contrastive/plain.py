@@ -36,12 +36,10 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.promote_types(features.dtype, torch.float32)
 
 
-def softmax_forward(
-    image: Tensor, text: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss of paired features, and rows [3, M], cols [2, M] and slope for softmax_grads."""
+def softmax_forward(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of paired features, and rows [3, M] and cols [2, M] for softmax_grads."""
     rows, cols = softmax_stats(image, text, scale, Pairs(0, 0, len(image)))
-    return softmax_loss(rows, cols), *softmax_divisors(rows, cols), scale.new_empty(0)
+    return softmax_loss(rows, cols), *softmax_divisors(rows, cols)
 
 
 def softmax_stats(
@@ -98,7 +96,6 @@ def softmax_grads(
     scale: Tensor,
     rows: Tensor,
     cols: Tensor,
-    slope: Tensor,
     d_loss: Tensor,
     pairs: Pairs,
     wanted: tuple[bool, bool, bool],
@@ -108,7 +105,6 @@ def softmax_grads(
     d_loss / 2M * (2^(logit - row shift) / row divisor + 2^(logit - col shift) / col divisor).
 
     rows [3, M] = (shift, divisor, gradient of the positive logit); cols [2, N] = (shift, divisor).
-    slope: [0], unused: here the scale's gradient is read off a product, by kernels off the forward.
     wide: in fp32 (fp64), not yet in the features' dtype.
     """
 

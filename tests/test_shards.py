@@ -150,7 +150,7 @@ def test_a_shard_of_bad_samples_alone_ends_the_run(numbers, tmp_path):
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         add(tar, "0.png", b"no image")
         add(tar, "0.txt", b"number 1")
-    loader = shard_loader(tmp_path / "bad.tar", numbers, tmp_path)
+    loader = shard_loader(tmp_path / "bad.tar", numbers, tmp_path, batch_size=1)
     sentence = (
         r"one of 100 samples in a row must be readable, got none; \S*bad.tar, 0.png: .* whole"
     )
@@ -166,7 +166,7 @@ def test_a_shard_cut_short_gives_its_whole_samples(shards, numbers, tmp_path):
     data = (shards / "00.tar").read_bytes()
     path = tmp_path / "cut.tar"
     rows = scan(shards / "00.tar", tmp_path)
-    assert rows.shape == (7, 5)
+    assert rows.shape == (7, 6)
     path.write_bytes(data[: rows[3, 0] + 20])  # within the fourth image
     with pytest.warns(UserWarning, match="is cut short"):
         cut = scan(path, tmp_path)

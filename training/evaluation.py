@@ -17,6 +17,7 @@ from clipa_kernels import Packed
 from data.augment import resize
 from data.emoji import PROMPTS, EmojiPairs
 from data.folders import class_names, read_folder
+from data.pairs import USUAL, Captions
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
@@ -34,6 +35,7 @@ class Encoder:
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_size: int = 256
+    captions: Captions = USUAL  # of shards
 
     def _run(self, function, *inputs) -> Tensor:
         fast = self.dtype != torch.float32
@@ -149,11 +151,13 @@ def _resizing(model: CLIP) -> dict[str, int | bool | str]:
     return dict(size=size, squash=squash, interpolation=interpolation)
 
 
-def check_sets(images: str = "", shards: str = "") -> None:
+def check_sets(images: str = "", shards: str = "", captions: Captions = USUAL) -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first."""
     if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
         raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
-    if shards and not any(read_pairs(shards, 8, count)[1] for count in (1, 10_000)):
+    if shards and not any(
+        read_pairs(shards, 8, count, captions=captions)[1] for count in (1, 10_000)
+    ):
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
 
 
@@ -189,7 +193,8 @@ def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
 
     A caption that several pictures have is one text, found if any of them is. n counts pictures.
     """
-    images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
+    how = _resizing(encoder.model)
+    images, captions, skipped = read_pairs(pattern, **how, captions=encoder.captions)
     if not captions:
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
     texts = list(dict.fromkeys(text for one in captions for text in one))

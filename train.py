@@ -171,7 +171,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     world.agree(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
-        count_samples(config.data.source, world)
+        count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
             world.agree(lambda: check_captions(config.data.source, config.caption_keys))
     saved = checkpoint.find(config, world)

@@ -12,7 +12,8 @@ from PIL import Image
 from test_batches import joined, same
 
 from data.augment import Augmentation
-from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
+from data.patterns import expand
+from data.shards import ShardLoader, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
 
 

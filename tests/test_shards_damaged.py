@@ -19,7 +19,8 @@ import train
 from data.augment import Augmentation
 from data.batches import Fault
 from data.files import whole
-from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
+from data.patterns import expand
+from data.shards import ShardLoader, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
 
 BLOCK = 512

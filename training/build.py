@@ -1,7 +1,6 @@
 """What a stage trains: its model, pairs and tokenizer, its batches, and a batch on the device."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,10 @@ from clipa_kernels import Packed, block_patches, grid_patches, random_patches
 from data.batches import Batch
 from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
 from data.index import count, known_sizes, write_tables
-from data.patterns import expand
+from data.patterns import file_names
+from data.remote import is_remote
 from data.shards import ShardLoader, first_captions
+from data.shelf import Shelf
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
 from models import CLIP, build
 
@@ -56,23 +57,24 @@ def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, To
     if pairs:
         captions = pairs.training_captions()
     else:
-        captions = first_captions(config.data.source, captions=config.caption_keys)
+        how = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
+        captions = first_captions(config.data.source, **how)
     return pairs, Tokenizer(train_wordpiece(captions, config.data.vocab_size, start=False))
 
 
-def count_samples(pattern: str, world: World) -> None:
+def count_samples(pattern: str, world: World, cache_gb: float = 100.0) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
-    paths = expand(pattern)
-    missing = world.sum(torch.from_numpy((known_sizes(paths) < 0).astype(np.int64)))
+    names, shelf = file_names(pattern), Shelf(None, cache_gb)
+    missing = world.sum(torch.from_numpy((known_sizes(names) < 0).astype(np.int64)))
     unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
-    counted: list[tuple[Path, int]] = []
+    counted: list[tuple[str, int]] = []
     bar = tqdm(total=len(unknown), unit="shard", disable=not (unknown and world.is_main))
     for start in range(0, len(unknown), 16 * world.size):  # in step, so that none waits for long
-        part = [paths[place] for place in unknown[start : start + 16 * world.size]]
+        part = [names[place] for place in unknown[start : start + 16 * world.size]]
         sizes, wrong = torch.zeros(len(part), dtype=torch.int64), None
         for place in range(world.rank, len(part), world.size):
             try:
-                sizes[place] = count(part[place])
+                sizes[place] = count(part[place], shelf)
             except (ValueError, OSError) as error:
                 wrong = error
                 break
@@ -81,7 +83,9 @@ def count_samples(pattern: str, world: World) -> None:
         counted += zip(part, world.sum(sizes).tolist(), strict=True)
         bar.update(len(part))
     bar.close()
-    if world.is_main and counted and (refused := write_tables(counted)):
+    if not world.is_main:  # a store that takes no table leaves it to each node's cache
+        counted = [(name, size) for name, size in counted if is_remote(name)]
+    if refused := write_tables(counted, beside=world.is_main):
         world.print(f"{refused[0]} cannot be written; shards are counted again by the next run")
     world.barrier()
 
@@ -123,6 +127,7 @@ def open_batches(
         repeat=config.data.repeat,
         parts=config.data.parts,
         workers=config.data.workers,
+        cache_gb=config.data.cache_gb,
         **common,
     )
     if ends := loader.source_that_ends():

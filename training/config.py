@@ -69,6 +69,7 @@ class DataPart:
     repeat: bool = False  # with a mix: a source that ends begins again before the others end
     parts: int = 1  # of a batch and of the shards; with as many as nodes each reads its own alone
     workers: int = 0  # processes that decode images; 0: threads of this one
+    cache_gb: float = 100.0  # of remote shards that a machine keeps at most, in its cache folder
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,7 @@ def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
 _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
+    "data.cache_gb": "(0, 1e9]",
     "data.parts": "[1, 65536]",
     "model.patch_size": "[1, 1024]",
     "model.init_scale": "(0, 1e6]",

@@ -16,6 +16,8 @@ SILENCE = 60.0  # seconds without a byte that end a try; a long transfer has no 
 _AT_A_TIME = 32  # small files
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 
+_STORES: dict[int, Any] = {}  # all that were opened
+
 T = TypeVar("T")
 
 
@@ -113,7 +115,11 @@ def store_of(url: str) -> tuple[Any, str]:
         limit = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
         asked = conf.get("http", {}).get("client_kwargs", {})
         options["client_kwargs"] = {"trust_env": True, **asked, "timeout": limit}  # its proxies
-    return url_to_fs(url, **options)
+    store, path = url_to_fs(url, **options)
+    # In a forked child fsspec forgets the parent's stores; ended, they would take the parent's
+    # sockets out of the epoll that both have, and its next request would not be answered.
+    _STORES[id(store)] = store
+    return store, path
 
 
 def info(store: Any, path: str) -> dict[str, Any]:

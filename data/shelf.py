@@ -70,7 +70,7 @@ class Shelf:
         due as far as there is room."""
         self._here()
         now, then = (list(filter(is_remote, names)) for names in (now, then))
-        if (now, then) == self._asked:
+        if (now, then) == self._asked and self._held.keys() <= {*now}:
             return
         with self._lock:
             self._asked = now, then
@@ -200,9 +200,7 @@ class Shelf:
                 undo.pop_all()
                 return part
         except OSError as error:
-            must = "be a folder that can be written ($CLIPA_CACHE names another)"
-            came = error.strerror or error
-            raise Unfetched(f"shards: {self.folder} must {must}, got {came}") from error
+            raise _unusable(self.folder, error) from error
 
     def _make_room(self, size: int, own: str, kept: set[str]) -> None:
         """Drop what was used least recently until `size` bytes more are within limit and disk."""
@@ -243,6 +241,11 @@ def _version(told: dict[str, Any]) -> str:
     return repr([told.get(field) for field in _VERSION])
 
 
+def _unusable(folder: Path, error: OSError) -> Unfetched:
+    must = "be a folder that can be read and written ($CLIPA_CACHE names another)"
+    return Unfetched(f"shards: {folder} must {must}, got {error.strerror or error}")
+
+
 def _lock(descriptor: int, *, wait: bool = True, shared: bool = False) -> bool:
     import fcntl  # here, as Windows has none
 
@@ -259,8 +262,10 @@ def _open_shared(path: Path) -> BinaryIO | None:
     while True:
         try:
             file = open(path, "rb", buffering=0)  # noqa: SIM115 (held until keep)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _unusable(path.parent, error) from error
         _lock(file.fileno(), shared=True)
         if os.fstat(file.fileno()).st_nlink:
             return file

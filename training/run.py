@@ -144,10 +144,10 @@ def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[st
 def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
     """Figures of each split after a stage; keeps the pictures for the report."""
     dtype = autocast_dtype(run.config.run.precision, run.world.device)
-    captions = run.config.caption_keys.for_retrieval()
-    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype, captions=captions)
+    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype)
     began = time.perf_counter()
-    extra = (run.config.run.eval_images, run.config.run.eval_shards)
+    captions = run.config.caption_keys.for_retrieval()
+    extra = (run.config.run.eval_images, run.config.run.eval_shards, captions)
     prompts = prompts_of(run.config.data.captions)
     figures, run.shown = evaluate(encoder, run.pairs, prompts, *extra)
     run.metrics["seconds"][f"{stage} evaluation"] = time.perf_counter() - began

@@ -138,6 +138,27 @@ def test_learning_rate_is_open_clips(warmup):
         assert learning_rate(step, stage) == pytest.approx(theirs(step), abs=1e-12)
 
 
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0, 0), (7, 0), (7, 10), (0, 40), (10, 30)])
+def test_constant_learning_rate_is_open_clips(warmup, cooldown):
+    scheduler = pytest.importorskip("open_clip_train.scheduler")
+    stage = Stage(lr=0.3, warmup=warmup, steps=40, cooldown=cooldown)
+    optimizer = torch.optim.SGD([torch.ones(1)])
+    if cooldown:
+        theirs = scheduler.const_lr_cooldown(optimizer, 0.3, warmup, 40, cooldown)
+    else:
+        theirs = scheduler.const_lr(optimizer, 0.3, warmup, 40)
+    for step in range(40):
+        assert learning_rate(step, stage) == pytest.approx(theirs(step), abs=1e-12)
+    assert learning_rate(40, stage) == (0.0 if cooldown else 0.3)
+
+
+def test_one_constant_run_serves_every_budget():
+    """A run that is cut and cooled down shares its steps with the longer one."""
+    long, short = (Stage(lr=1.0, warmup=5, steps=n, cooldown=10) for n in (100, 50))
+    same = [learning_rate(s, long) == learning_rate(s, short) for s in range(50)]
+    assert all(same[:41]) and not any(same[41:])
+
+
 def test_learning_rate_ends_at_zero_and_stays():
     stage = Stage(lr=1.0, warmup=2, steps=10)
     assert learning_rate(10, stage) == learning_rate(11, stage) == 0

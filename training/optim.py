@@ -1,7 +1,8 @@
 """AdamW with the dialect's decay scope, the learning rate of a step, and what happens around one.
 
 learning_rate(s) = lr * (s + 1) / warmup                                      s < warmup
-                 = lr * (1 + cos(pi * (s - warmup) / (steps - warmup))) / 2   after
+                 = lr * (1 + cos(pi * (s - warmup) / (steps - warmup))) / 2   after; or, if the
+                 = lr * min(1, (steps - s) / cooldown)                        stage has a cooldown
 """
 
 import math
@@ -66,13 +67,14 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, stage: Stage) -> float:
-    """The learning rate of a step: linear warm-up, then a cosine that would reach 0 at `steps`.
+    """The learning rate of a step: linear warm-up, then a cosine that would reach 0 at `steps`, or
+    a constant with a linear end.
 
     Args:
         step: from 0, within the stage.
-        stage: lr, warmup and steps are read.
+        stage: lr, warmup, steps and cooldown are read.
 
-    Source: `cosine_lr` of open_clip.
+    Source: `cosine_lr`, `const_lr` and `const_lr_cooldown` of open_clip.
 
     >>> [round(learning_rate(step, Stage(lr=1.0, warmup=2, steps=4)), 3) for step in range(4)]
     [0.5, 1.0, 1.0, 0.5]
@@ -81,6 +83,9 @@ def learning_rate(step: int, stage: Stage) -> float:
         raise ValueError(f"learning_rate: step must be at least 0, got {step}")
     if step < stage.warmup:
         return stage.lr * (step + 1) / stage.warmup
+    if stage.cooldown is not None:
+        left = max(stage.steps - step, 0)
+        return stage.lr * (left / stage.cooldown if left < stage.cooldown else 1.0)
     done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
     return stage.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 

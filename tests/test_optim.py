@@ -1,5 +1,6 @@
 """Decay scope, schedule, clipping and the clamp, against open_clip's rules where it has them."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from models import DIALECTS
 from training.config import Config, Stage
 from training.optim import (
+    SpikeGuard,
     adamw,
     clamp_scale_,
     clip_gradients,
@@ -217,3 +219,42 @@ def test_unwrap_compiled_model():
     model = nn.Linear(2, 2)
     assert unwrap(torch.compile(model)) is model
     assert unwrap(model) is model
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_beyond_the_median_changes_nothing(fused):
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    guard = SpikeGuard(optimizer, 3.0)
+    harmful = {5: 100.0, 40: 100.0, 50: math.nan, 60: math.inf, 70: 2.9}
+    for step in range(80):
+        weight.grad = torch.full((4,), harmful.get(step, 1.0))
+        before = [weight.clone(), *(v.clone() for v in optimizer.state[weight].values())]
+        guard.step(weight.grad.norm())
+        after = [weight, *optimizer.state[weight].values()]
+        skipped = step in (40, 50, 60)  # the first 32 only tell what is usual
+        assert bool(guard.spike) == skipped
+        assert all(map(torch.equal, before, after)) == skipped
+    assert guard.state()["skipped"] == 3 and optimizer.state[weight]["step"] == 77
+    again = SpikeGuard(optimizer, 3.0, guard.state())
+    weight.grad = torch.full((4,), 50.0)
+    again.step(weight.grad.norm())
+    assert bool(again.spike) and again.state()["skipped"] == 4
+
+
+def test_a_guard_goes_on_from_its_state():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    norms = torch.rand(300, generator=torch.manual_seed(0)) ** -1.5
+    for cut in (0, 20, 128, 200):
+        whole, part = SpikeGuard(optimizer, 2.0), SpikeGuard(optimizer, 2.0)
+        found = []
+        for step, norm in enumerate(norms):
+            if step == cut:
+                part = SpikeGuard(optimizer, 2.0, json.loads(json.dumps(part.state())))
+            weight.grad = torch.ones(4)
+            whole.step(norm)
+            part.step(norm)
+            found.append(bool(whole.spike))
+            assert bool(part.spike) == found[-1]
+        assert 10 < sum(found) == whole.state()["skipped"] == part.state()["skipped"]

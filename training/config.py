@@ -96,6 +96,7 @@ class OptimPart:
     beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
     adam_eps: float | None = None  # None: the dialect's
     clip_norm: float = 0.0  # largest gradient norm; 0: not clipped
+    skip_above: float = 0.0  # times the running median of norms: such a step is skipped; 0: none
     max_scale: float | None = None  # bound of exp(logit_scale); 0: none; None: the dialect's
 
 
@@ -307,6 +308,7 @@ _RANGES = {
     "optim.beta2": "[0, 1)",
     "optim.adam_eps": "[1e-30, 1]",
     "optim.clip_norm": "[0, 1e9]",
+    "optim.skip_above": "[0, 1e9]",
     "optim.max_scale": "[0, 1e6]",
     "run.threads": "[0, 512]",
     "run.seed": "[0, 9223372036854775807]",

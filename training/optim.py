@@ -118,6 +118,56 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+class SpikeGuard:
+    """Has AdamW skip a step whose gradient norm is beyond a multiple of the running median.
+
+    A skipped step changes no weight and no moment. All of it stays on the device, and the norm is
+    that of all processes, so all skip the same steps.
+
+    Args:
+        optimizer: of `adamw`.
+        limit: times the median of the last 128 norms, of at least 32; 0 skips none. A norm that is
+            no number is beyond any.
+        state: of `state` at an earlier step.
+    """
+
+    _KEPT, _LEAST = 128, 32
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, limit: float, state: dict | None = None
+    ) -> None:
+        state = state or {"norms": [], "seen": 0, "skipped": 0}
+        device = optimizer.param_groups[0]["params"][0].device
+        self.optimizer, self.limit, self.seen = optimizer, limit, state["seen"]
+        norms = state["norms"] + [math.nan] * (self._KEPT - len(state["norms"]))
+        self.norms = torch.tensor(norms, device=device)
+        self.skipped = torch.tensor(state["skipped"], device=device)
+        self.spike = torch.tensor(False, device=device)  # whether the last step was skipped
+
+    @torch.no_grad()
+    def step(self, norm: Tensor) -> None:
+        """optimizer.step(), or nothing."""
+        if not self.limit:
+            self.optimizer.step()
+            return
+        self.spike = spike = ~(norm <= self.limit * self.norms.nanmedian())
+        if self.seen < self._LEAST:
+            spike.zero_()
+        self.norms[self.seen % self._KEPT] = norm
+        self.seen += 1
+        self.skipped += spike
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = spike.float()  # as a loss scaler says it, on the device
+            self.optimizer.step()
+        elif not spike:
+            self.optimizer.step()
+
+    def state(self) -> dict[str, int | list[float]]:
+        """Plain numbers, from which another guard goes on."""
+        norms = self.norms[: min(self.seen, self._KEPT)].tolist()
+        return {"norms": norms, "seen": self.seen, "skipped": int(self.skipped)}
+
+
 @torch.no_grad()
 def clamp_scale_(model: nn.Module, config: Config) -> None:
     """Keep exp(logit_scale) between 1 and max_scale, in place, after each optimiser step.

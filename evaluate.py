@@ -59,11 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         load_weights(model, weights(state))
         dtype = autocast_dtype(config.run.precision, world.device)
         model = model.to(world.device).eval()
-        encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size, captions)
+        encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size)
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
         prompts = prompts_of(config.data.captions)
-        results, _ = evaluate(encoder, pairs, prompts, flags.images, flags.shards)
+        sets = (flags.images, flags.shards, captions)
+        results, _ = evaluate(encoder, pairs, prompts, *sets)
         print(json.dumps(results, indent=2) if flags.json else table(results))
 
 

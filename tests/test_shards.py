@@ -100,6 +100,25 @@ def test_shards_resume_and_split_over_ranks(shards, numbers, tmp_path, workers):
         assert all(torch.equal(a, b) for a, b in zip(joined(shares), joined([batch]), strict=True))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_parts_give_the_same_batches_and_each_rank_reads_its_own(shards, numbers, tmp_path, ranks):
+    how = {"parts": 4, "batch_size": 8, "window": 1}
+    whole = shard_loader(f"{shards}/*.tar", numbers, tmp_path, **how)
+    members = [
+        shard_loader(f"{shards}/*.tar", numbers, tmp_path, rank=rank, world_size=ranks, **how)
+        for rank in range(ranks)
+    ]
+    read = [set() for _ in members]
+    for step in range(9):
+        parts = [member[step] for member in members]
+        assert all(
+            torch.equal(a, b) for a, b in zip(joined(parts), joined([whole[step]]), strict=True)
+        )
+        for rank, part in enumerate(parts):
+            read[rank] |= set(shown(part, numbers))
+    assert sum(map(len, read)) == len(set().union(*read)) == 35
+
+
 @pytest.fixture
 def bad_shard(tmp_path) -> Path:
     """Seven samples that cannot be read: three by their image, four by their caption."""

@@ -1,6 +1,8 @@
 """What a stage trains: its model, pairs and tokenizer, its batches, and a batch on the device."""
 
+import hashlib
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,27 +47,39 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
     )
 
 
-def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, Tokenizer]:
-    """The embedded pairs (None: shards), and the tokenizer: a checkpoint's own if there is one."""
+def open_data(
+    config: Config, saved: dict | None, world: World
+) -> tuple[EmojiPairs | None, Tokenizer]:
+    """The embedded pairs (None: shards), and the tokenizer: a checkpoint's own if there is one.
+
+    Rank 0 reads or trains the tokenizer, and the others have its own.
+    """
     pairs = load_emoji() if config.data.source == "emoji" else None
-    if saved:
-        return pairs, Tokenizer.from_json(saved["tokenizer"])
-    if config.data.tokenizer == "clip":
-        return pairs, clip_bpe()
-    if config.data.tokenizer != "wordpiece":
-        return pairs, load_tokenizer(config.data.tokenizer)
-    if pairs:
-        captions = pairs.training_captions()
-    else:
-        how = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
-        captions = first_captions(config.data.source, **how)
-    return pairs, Tokenizer(train_wordpiece(captions, config.data.vocab_size, start=False))
+
+    def choose() -> str:
+        if saved:
+            return saved["tokenizer"]
+        if config.data.tokenizer == "clip":
+            return clip_bpe().to_json()
+        if config.data.tokenizer != "wordpiece":
+            return load_tokenizer(config.data.tokenizer).to_json()
+        if pairs:
+            captions = pairs.training_captions()
+        else:
+            how = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
+            captions = first_captions(config.data.source, **how)
+        trained = train_wordpiece(captions, config.data.vocab_size, start=False)
+        return Tokenizer(trained).to_json()
+
+    return pairs, Tokenizer.from_json(world.decide(choose))
 
 
 def count_samples(pattern: str, world: World, cache_gb: float = 100.0) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
-    names, shelf = file_names(pattern), Shelf(None, cache_gb)
-    missing = world.sum(torch.from_numpy((known_sizes(names) < 0).astype(np.int64)))
+    names, shelf = world.together(lambda: file_names(pattern)), Shelf(None, cache_gb)
+    world.require_same({"the number of shards": len(names)})
+    known = world.together(lambda: known_sizes(names))
+    missing = world.sum(torch.from_numpy((known < 0).astype(np.int64)))
     unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
     counted: list[tuple[str, int]] = []
     bar = tqdm(total=len(unknown), unit="shard", disable=not (unknown and world.is_main))
@@ -117,7 +131,8 @@ def open_batches(
         common |= dict(prefetch=0 if world.device.type == "cpu" else 2)
         forms = CAPTIONS[config.data.captions][0]
         return EmojiLoader(pairs, tokenizer, forms=forms, augmentation=config.augment, **common)
-    loader = ShardLoader(
+    make = partial(
+        ShardLoader,
         config.data.source,
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
@@ -130,6 +145,9 @@ def open_batches(
         cache_gb=config.data.cache_gb,
         **common,
     )
+    loader = world.together(make)
+    table = hashlib.sha256(loader.sizes.tobytes()).hexdigest()[:8]
+    world.require_same({"the table of samples a shard": f"{table} of {loader.count} samples"})
     if ends := loader.source_that_ends():
         rest = "begins again when all have ended, or at once with --data.repeat"
         world.print(f"{ends[0]} ends at step {ends[1]}; it {rest}")

@@ -1,9 +1,13 @@
 """A run from outside its loop: what the stages share, signals, the log, checkpoints, the report."""
 
+import contextlib
+import hashlib
 import math
+import platform
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,10 +18,10 @@ from data.text import Tokenizer
 from models import CLIP, forward_flops
 
 from . import checkpoint, report
-from .config import Config
+from .config import Config, flat
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
-from .optim import learning_rate
+from .optim import SpikeGuard, learning_rate
 
 _STOPS = [  # Windows has no SIGUSR1
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
@@ -59,6 +63,19 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def identity(config: Config) -> dict[str, object]:
+    """What must be the same on every process before any work: flags, code and what it stands on."""
+    root, code = Path(__file__).parents[1], hashlib.sha256()
+    folders = ("clipa_kernels", "models", "data", "training")
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+        code.update(path.read_bytes())
+    versions = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
+    for name in ("torch", "triton", "numpy", "pillow", "tokenizers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {**flat(config), "the code": code.hexdigest()[:8], **versions}
+
+
 @dataclass
 class Run:
     """What the stages share."""
@@ -71,6 +88,8 @@ class Run:
     log: report.JsonLines | None  # of rank 0
     metrics: dict  # seconds and figures of each stage so far
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
+    guard: SpikeGuard | None = None  # of the stage that runs
+    saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
@@ -85,8 +104,21 @@ class Run:
                 step=done,
                 tokenizer=self.tokenizer.to_json(),
                 metrics=self.metrics,
+                spikes=self.guard.state() if self.guard else {},
             )
-            checkpoint.save(run.output, state, done, keep=run.keep_checkpoints)
+            checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
+        self.saved = time.monotonic()
+
+    def due(self, done: int, agreeing: bool) -> bool:
+        """Whether a checkpoint is to be written after step `done`, on every process alike.
+
+        Args:
+            agreeing: whether processes exchange words at this step: clocks differ.
+        """
+        run = self.config.run
+        late = time.monotonic() - self.saved > 60 * run.save_minutes > 0
+        by_steps = any(every and done % every == 0 for every in (run.save_every, run.keep_every))
+        return (agreeing and self.world.any(late)) or by_steps
 
 
 def log_step(
@@ -105,7 +137,8 @@ def log_step(
         tally: of this process's batches since the last line; the line has all processes' counts.
     """
     loss = run.world.mean(values["loss"]).item()
-    if not math.isfinite(loss):
+    guard = run.guard
+    if not math.isfinite(loss) and not (guard and bool(guard.spike)):  # which harmed nothing
         raise checkpoint.not_finite(
             f"the loss must be finite, got {loss}", run.config.run.output, stage, done
         )
@@ -123,6 +156,7 @@ def log_step(
         "grad_norm": values["grad_norm"].item(),
         **rates,
         **counted(run.world, batch.skipped, tally),
+        **({"skipped_steps": int(guard.skipped)} if guard and guard.limit else {}),
         "peak_memory_bytes": report.peak_memory(run.world.device),
     }
     if run.log is not None:
@@ -144,10 +178,10 @@ def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[st
 def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
     """Figures of each split after a stage; keeps the pictures for the report."""
     dtype = autocast_dtype(run.config.run.precision, run.world.device)
-    captions = run.config.caption_keys.for_retrieval()
-    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype, captions=captions)
+    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype)
     began = time.perf_counter()
-    extra = (run.config.run.eval_images, run.config.run.eval_shards)
+    captions = run.config.caption_keys.for_retrieval()
+    extra = (run.config.run.eval_images, run.config.run.eval_shards, captions)
     prompts = prompts_of(run.config.data.captions)
     figures, run.shown = evaluate(encoder, run.pairs, prompts, *extra)
     run.metrics["seconds"][f"{stage} evaluation"] = time.perf_counter() - began

@@ -57,7 +57,8 @@ class DataPart:
     """Pairs of images and captions."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "emoji"
-    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar"; "a.tar::b.tar": two sources"""
+    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar", "s3://bucket/{00..99}.tar";
+    "a.tar::b.tar": two sources"""
     tokenizer: str = "wordpiece"  # trained on the captions; "clip"; or a tokenizers.json, vocab.txt
     vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
     captions: Annotated[str, tyro.conf.arg(aliases=["--captions"])] = "names"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 PAUSES = (1.0, 2.0, 5.0, 10.0)  # seconds between tries
 SILENCE = 60.0  # seconds without a byte that end a try; a long transfer has no limit
+_CONNECT = 10.0  # seconds for a connection
 _AT_A_TIME = 32  # small files
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 
@@ -108,13 +109,16 @@ def store_of(url: str) -> tuple[Any, str]:
     from fsspec.config import conf
     from fsspec.core import url_to_fs
 
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
+    kind, options = url.partition("://")[0].lower(), {}
+    if kind in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        limit = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        limit = ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=SILENCE)
         asked = conf.get("http", {}).get("client_kwargs", {})
-        options["client_kwargs"] = {"trust_env": True, **asked, "timeout": limit}  # its proxies
+        options = {"client_kwargs": {"trust_env": True, **asked, "timeout": limit}}  # its proxies
+    elif kind in ("s3", "s3a"):  # whose own tries, times these, would be silent for many minutes
+        asked = conf.get("s3", {}).get("config_kwargs", {})
+        options = {"config_kwargs": {"retries": {"max_attempts": 1}, **asked}}
     store, path = url_to_fs(url, **options)
     # In a forked child fsspec forgets the parent's stores; ended, they would take the parent's
     # sockets out of the epoll that both have, and its next request would not be answered.

@@ -17,7 +17,7 @@ from data.index import count, known_sizes, write_tables
 from data.patterns import expand
 from data.shards import ShardLoader, first_captions
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
-from models import CLIP, build
+from models import CLIP, build, load_weights, read_weights
 
 from .config import Config
 from .distributed import World
@@ -34,7 +34,7 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
             f"build_model: vocab_size must hold the tokenizer's {vocab_size} entries, "
             f"got {data.vocab_size}"
         )
-    return build(
+    built = build(
         model.size,
         model.patch_size,
         dialect=model.dialect,
@@ -44,6 +44,21 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
         logit_bias=model.init_bias if config.optim.loss == "sigmoid" else None,
         impl=config.run.impl,
     )
+    built.lock(model.lock)
+    return built
+
+
+def load_initial(model: CLIP, path: str) -> None:
+    """Start from weights of open_clip, OpenAI, Hugging Face or an earlier run.
+
+    A logit bias that they lack stays as it is; one that the model lacks is left out.
+    """
+    weights = read_weights(path)
+    if model.logit_bias is None:
+        weights.pop("logit_bias", None)
+    else:
+        weights.setdefault("logit_bias", model.logit_bias.detach())
+    load_weights(model, weights)
 
 
 def open_data(

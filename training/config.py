@@ -82,6 +82,9 @@ class ModelPart:
     """recipe that fixes GELU, norms, text mask, init, decay, clamp, resizing: models/dialects.py"""
     patch_size: int = 8  # pixels a side
     pool: Literal["cls", "mean", "mean-with-cls"] = "mean"  # image feature from the tokens
+    init: Annotated[str, tyro.conf.arg(aliases=["--init"])] = ""
+    """weights to start from, of open_clip, OpenAI, Hugging Face's CLIP or a run: file or folder"""
+    lock: Literal["none", "image", "text"] = "none"  # tower that stays as it starts
     init_scale: float = 1 / 0.07  # exp(logit_scale) at the start; SigLIP takes 10
     init_bias: float = -10.0  # logit_bias at the start, sigmoid loss only
 
@@ -436,6 +439,8 @@ def _check_files(config: Config) -> None:
     if tokenizer not in ("wordpiece", "clip"):
         must = 'be "wordpiece", "clip" or a file (tokenizers JSON or BERT vocab.txt)'
         _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
+    if init := config.model.init:
+        _require(Path(init).exists(), "model.init", "be a file or folder of weights", repr(init))
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run.output).close()

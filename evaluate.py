@@ -2,7 +2,8 @@
 
 python evaluate.py runs/emoji                             the embedded drawings, split by split
 python evaluate.py runs/emoji --images photos             a folder of one folder a class
-python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards
+python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards, and
+                                                          classification among val/classes.txt
 """
 
 import json
@@ -30,7 +31,10 @@ class Flags:
 
     checkpoint: tyro.conf.Positional[str]  # a file, or a run's folder: its newest one
     images: str = ""  # folder of class folders to classify
-    shards: str = ""  # tar shards to retrieve from
+    shards: str = ""
+    """tar shards to retrieve from; where a classes.txt lies beside them, one name a line, pictures
+    that have one of the names for a caption are classified among them"""
+    prompts: str = ""  # templates to classify with, parted by ";", as "a photo of a {}.;{}"
     device: str = "auto"  # auto: cuda where there is one, else cpu
     batch_size: int = 256  # images or captions at a time
     json: bool = False  # print JSON instead of a table
@@ -41,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size, "batch_size")
-        check_sets(flags.images, flags.shards)
+        own_prompts = tuple(flags.prompts.split(";")) if flags.prompts else ()
+        check_sets(flags.images, flags.shards, own_prompts)
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)
@@ -59,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
         prompts = CAPTIONS[config.data.captions][1]
-        results, _ = evaluate(encoder, pairs, prompts, flags.images, flags.shards)
+        sets = (flags.images, flags.shards)
+        results, _ = evaluate(encoder, pairs, prompts, *sets, own_prompts)
         print(json.dumps(results, indent=2) if flags.json else table(results))
 
 

@@ -5,6 +5,7 @@ its prompts, normalised again. Retrieval ranks captions for an image and images 
 Pictures from files are resized as the model's dialect says.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 from clipa_kernels import Packed
 from data.augment import resize
 from data.emoji import PROMPTS, EmojiPairs
+from data.files import read_text
 from data.folders import class_names, read_folder
+from data.patterns import expand
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
@@ -149,15 +152,19 @@ def _resizing(model: CLIP) -> dict[str, int | bool | str]:
     return dict(size=size, squash=squash, interpolation=interpolation)
 
 
-def check_sets(images: str = "", shards: str = "") -> None:
+def check_sets(images: str = "", shards: str = "", prompts: Sequence[str] = ()) -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first."""
+    if wrong := [prompt for prompt in prompts if prompt.count("{}") != 1 or len(prompt) > 1000]:
+        raise ValueError(f"evaluate: prompts must each hold one {{}}, got {wrong[0][:80]!r}")
     if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
         raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
     if shards and not any(read_pairs(shards, 8, count)[1] for count in (1, 10_000)):
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
 
 
-def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
+def evaluate_folder(
+    encoder: Encoder, folder: str | Path, prompts: Sequence[str] = PHOTO_PROMPTS
+) -> dict[str, float]:
     """Zero-shot figures on pictures in one folder a class; data/folders.py says how they are named.
 
     A file that cannot be read is counted in "skipped" and left out; a folder without a picture that
@@ -180,14 +187,31 @@ def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
     classes = list(dict.fromkeys(found))
     names = class_names(folder, classes)
     labels = torch.tensor([classes.index(path) for path in found])
-    figures = classification(torch.cat(features), encoder.classes(names, PHOTO_PROMPTS), labels)
+    figures = classification(torch.cat(features), encoder.classes(names, prompts), labels)
     return figures | {"skipped": skipped}
 
 
-def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
+def shard_classes(pattern: str) -> list[str]:
+    """The lines of classes.txt beside the shards of a pattern, each once; none where there is none.
+
+    >>> shard_classes("")
+    Traceback (most recent call last):
+    ValueError: shards: pattern must name files that are there, got ''
+    """
+    lists = dict.fromkeys(path.parent / "classes.txt" for path in expand(pattern))
+    lines = [read_text(path, "evaluate").splitlines() for path in lists if path.is_file()]
+    return list(dict.fromkeys(name for one in lines for line in one if (name := line.strip())))
+
+
+def evaluate_shards(
+    encoder: Encoder, pattern: str, prompts: Sequence[str] = ("{}",)
+) -> dict[str, float | dict[str, float]]:
     """Retrieval figures on the pictures of tar shards, each with all of its captions.
 
     A caption that several pictures have is one text, found if any of them is. n counts pictures.
+    Where a classes.txt lies beside the shards, one name a line, the pictures that have one of them
+    for a caption (the first such) are classified among them, too: the figures of `classification`
+    are "classes".
     """
     images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
     if not captions:
@@ -195,9 +219,28 @@ def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
     texts = list(dict.fromkeys(text for one in captions for text in one))
     places = {text: place for place, text in enumerate(texts)}
     pairs = {(image, places[text]) for image, one in enumerate(captions) for text in one}
-    figures = retrieval(encoder.images(images), encoder.texts(texts), torch.tensor(sorted(pairs)))
+    features = encoder.images(images)
+    figures = retrieval(features, encoder.texts(texts), torch.tensor(sorted(pairs)))
     chance = len(pairs) / (len(images) * len(texts))
-    return figures | {"n": len(images), "chance": chance, "skipped": skipped}
+    figures |= {"n": len(images), "chance": chance, "skipped": skipped}
+    names = shard_classes(pattern)
+    classes = {name: place for place, name in enumerate(names)}
+    label_of = {
+        image: next(classes[text] for text in one if text in classes)
+        for image, one in enumerate(captions)
+        if not classes.keys().isdisjoint(one)
+    }
+    if label_of:
+        named, labels = torch.tensor([*label_of.items()]).T
+        among = encoder.classes(names, prompts)
+        figures["classes"] = classification(features[named], among, labels)
+    elif names:
+        warnings.warn(
+            f"evaluate: classes.txt must hold names that are captions of {pattern}, got none, the "
+            f"first {names[0]!r}: nothing is classified",
+            stacklevel=2,
+        )
+    return figures
 
 
 def evaluate(
@@ -206,8 +249,12 @@ def evaluate(
     prompts: Sequence[str] = PROMPTS,
     images: str = "",
     shards: str = "",
+    own_prompts: Sequence[str] = (),
 ) -> tuple[dict[str, dict], dict]:
-    """(figures of each set, pictures to show with the names chosen) of all that is asked for."""
+    """(figures of each set, pictures to show with the names chosen) of all that is asked for.
+
+    own_prompts classify what images and shards name; none: as each does by itself.
+    """
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
     results: dict[str, dict] = {}
     if pairs is not None:
@@ -218,7 +265,12 @@ def evaluate(
     ):
         if path:  # whose name may hold bytes that are no text
             name = Path(path).name.encode(errors="backslashreplace").decode()
-            results[f"{kind}: {name}"] = figures(encoder, path)
+            given = (own_prompts,) if own_prompts else ()
+            found = figures(encoder, path, *given)
+            named = found.pop("classes", None)
+            results[f"{kind}: {name}"] = found
+            if named:
+                results[f"classes: {name}"] = named
     return results, shown
 
 

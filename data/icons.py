@@ -1,32 +1,31 @@
-"""IconPairs: 300,000 icons with their names, drawn from the npm package @iconify/json, as shards.
+"""IconPairs: 346,000 icons with their names, drawn from the npm package @iconify/json, as shards.
 
     npm pack @iconify/json                            one .tgz of 104 MB, which is not unpacked
     python -m data.icons iconify-json-*.tgz icons     icons/train/00000.tar, ... and sizes.json
 
-Drawn are the sets whose licence is named, free for any use and not the GPL: no NC, no GPL in its
-SPDX name. Hidden icons and drawings seen before are left out; so is what is blank on white and on
-grey. A sample is a PNG and a JSON with three captions:
+Drawn are the sets that the package lists under a licence which is neither NC nor GPL. Hidden icons
+and bodies seen before are left out; what is blank on white is drawn on grey. A run that was stopped
+goes on. A sample is a PNG, and a JSON with three captions and the icon's own name and set:
 
     {"caption": "calendar", "styled": "calendar, outline", "long": "an outline icon of calendar",
      "name": "calendar-outline", "set": "ion", "style": "outline", "category": "UI 16px / 32px",
      "licence": "MIT"}
 
-A name's words of style (STYLES), of size and of count are no part of its caption. Icons of a set
-that have one caption are variants of a name: one of them is drawn for the split, and the others, if
-it trains, for "variants", as in a batch they are false negatives of each other. Which is which is
-decided by SHA-256, so the same package gives the same shards on every machine:
+Words of style (STYLES), sizes and numbers at a name's ends are no part of its caption. Icons of a
+set that share a caption are variants: any one of them is drawn, and the others of "train" go to
+"variants", as they are false negatives of each other in a batch. Choice and order are by SHA-256:
 
-    held-out-sets   hands never seen: the sets of 20 authors who drew 200 to 3,000 names in all, of
-                    which other authors' sets share less than 1%
-    held-out-names  names never seen: 2% of all names, in whatever other set they are
+    held-out-sets   authors never seen: the sets of 20 who drew 200 to 3,000 names, and of whose
+                    drawings less than 1% are in another author's sets (2.2.535: 21 sets)
+    held-out-names  names never seen: 2% of all names, with every other set that has them
     emoji, logos, flags    the sets of these, whose names are of another kind
-    train           the rest; variants is more of the same
+    train           the rest; in "variants" are more drawings of it
 
-The classes.txt of a split names what evaluate.py classifies its pictures among: names that train in
-at least 20 sets; of held-out-names, its own that are in at least 3. Names never seen consist mostly
-of words that were seen. Shards are in random order, so the first of a split are a fair sample.
+A split's classes.txt is what evaluate.py classifies its pictures among: names of at least 20 sets
+that train; of held-out-names, its own that are in at least 3. Names never seen consist mostly of
+words that were. As the order is random, the first samples of a split stand for all.
 
-Share pictures under the licences in licences.json alone; those of CC-BY-SA sets under the same.
+The pictures are the authors': who passes them on does so under the licences in licences.json.
 """
 
 import hashlib
@@ -120,8 +119,16 @@ def read_package(path: Path) -> dict[str, dict[str, Any]]:
                 elif parts[1:2] == ["json"] and member.name.endswith(".json"):
                     one = json.load(tar.extractfile(member))
                     sets[one["prefix"]] = one
-        allowed = [prefix for prefix in sorted(sets) if _free(listed.get(prefix))]
-    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, TypeError) as e:
+        allowed = [prefix for prefix in sorted(sets) if _free(listed.get(prefix, {}))]
+    except (
+        OSError,
+        EOFError,
+        tarfile.TarError,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as e:
         came = f"one that is not ({str(e)[:100] or type(e).__name__})"
         raise ValueError(f"icons: {path} must be a whole .tgz of @iconify/json, got {came}") from e
     if not allowed:
@@ -130,8 +137,8 @@ def read_package(path: Path) -> dict[str, dict[str, Any]]:
     return {prefix: sets[prefix] | {"info": listed[prefix]} for prefix in allowed}
 
 
-def _free(info: dict[str, Any] | None) -> bool:
-    licence = (info or {}).get("license", {}).get("spdx", "")
+def _free(info: dict[str, Any]) -> bool:
+    licence = info.get("license", {}).get("spdx", "")
     return bool(licence) and "GPL" not in licence and "NC" not in licence.split("-")
 
 
@@ -347,8 +354,12 @@ def draw_all(
     if unknown := [split for split in splits if split not in SPLITS]:
         raise ValueError(f"icons: splits must be of {', '.join(SPLITS)}, got {unknown[0]!r}")
     sets = read_package(package)
+    try:
+        planned = plan(sets)
+    except (KeyError, TypeError, AttributeError) as error:
+        must = "must hold sets as Iconify's JSON describes them"
+        raise ValueError(f"icons: {package} {must}, got {type(error).__name__} {error}") from error
     _open_folder(folder, package, {"size": size, "samples": samples})
-    planned = plan(sets)
     _write_json(folder / "licences.json", {prefix: _notice(one) for prefix, one in sets.items()})
     del sets  # a gigabyte
     parts = []

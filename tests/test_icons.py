@@ -14,16 +14,16 @@ from data.index import read_table
 from data.shards import scan
 
 NAMES = [f"{a}-{b}" for a in ("red", "blue", "old") for b in ("boat", "car", "hat", "cup", "tree")]
-HANDS = [f"hand{number}" for number in range(8)]
+AUTHORS = [f"author{number}" for number in range(8)]
 
 
 def square(x, y, fill="currentColor"):
     return f'<path fill="{fill}" d="M{x} {y}h{4}v{4}h-{4}z"/>'
 
 
-def body(hand, name, style=0):
+def body(author, name, style=0):
     """A drawing of its own for each."""
-    return square(HANDS.index(hand) + 1, NAMES.index(name) + 1) + f'<g id="{style}"/>'
+    return square(AUTHORS.index(author) + 1, NAMES.index(name) + 1) + f'<g id="{style}"/>'
 
 
 def one_set(prefix, bodies, licence="MIT", author="", **more):
@@ -34,25 +34,25 @@ def one_set(prefix, bodies, licence="MIT", author="", **more):
 
 
 def sets():
-    """Eight hands with fifteen names each in two styles, and sets of every other kind."""
+    """Eight authors with fifteen names each in two styles, and sets of every other kind."""
     found = [
         one_set(
-            hand,
+            author,
             {
-                f"{name}{style}": body(hand, name, style)
+                f"{name}{style}": body(author, name, style)
                 for name in NAMES
                 for style in ("", "-outline")
             },
             suffixes={"": "Filled", "outline": "Outline"},
             categories={"Things": [NAMES[0]]},
         )
-        for hand in HANDS
+        for author in AUTHORS
     ]
     for prefix, licence in (("nc", "CC-BY-NC-4.0"), ("gpl", "GPL-3.0-or-later"), ("none", "")):
         found.append(one_set(prefix, {"cup": square(0, 0)}, licence))
     odd = {
         "hidden": {"body": square(1, 0), "hidden": True},
-        "again": body(HANDS[0], NAMES[0], ""),  # drawn before
+        "again": body(AUTHORS[0], NAMES[0], ""),  # drawn before
         "broken": "<path d='",
         "blank": "<g/>",
         "white": square(0, 0, "#fff"),
@@ -127,31 +127,31 @@ def test_what_is_drawn_and_where(package, tmp_path, capsys):
 def test_nothing_is_on_two_sides(package):
     planned = plan(read_package(package))
     sides = {split: planned.icons[split] for split in icons.SPLITS}
-    hands = {split: {i.set for i in some} & set(HANDS) for split, some in sides.items()}
-    names = {split: {i.caption for i in some if i.set in HANDS} for split, some in sides.items()}
-    assert len(hands["held-out-sets"]) == 2 and len(hands["train"]) == 6
-    assert not hands["held-out-sets"] & (hands["train"] | hands["variants"])
+    authors = {split: {i.set for i in some} & set(AUTHORS) for split, some in sides.items()}
+    names = {split: {i.caption for i in some if i.set in AUTHORS} for split, some in sides.items()}
+    assert len(authors["held-out-sets"]) == 2 and len(authors["train"]) == 6
+    assert not authors["held-out-sets"] & (authors["train"] | authors["variants"])
     assert 0 < len(names["held-out-names"]) < 15
     assert not names["held-out-names"] & (names["train"] | names["variants"])
-    assert hands["held-out-names"] <= hands["train"]
+    assert authors["held-out-names"] <= authors["train"]
     # One variant of a name of a set, whichever; the others only where it trains.
     for split in ("train", "held-out-sets", "held-out-names"):
-        pairs = [(i.set, i.caption) for i in sides[split] if i.set in HANDS]
+        pairs = [(i.set, i.caption) for i in sides[split] if i.set in AUTHORS]
         assert len(pairs) == len(set(pairs))
-    trained = len([i for i in sides["train"] if i.set in HANDS])
+    trained = len([i for i in sides["train"] if i.set in AUTHORS])
     assert trained == 6 * (15 - len(names["held-out-names"])) and len(sides["variants"]) == trained
     assert len(sides["held-out-sets"]) == 30
-    assert {i.style for i in sides["train"] if i.set in HANDS} == {"filled", "outline"}
+    assert {i.style for i in sides["train"] if i.set in AUTHORS} == {"filled", "outline"}
     common = sorted(names["variants"])
     assert planned.classes["held-out-sets"] == planned.classes["emoji"] == common
     assert planned.classes["held-out-names"] == sorted(names["held-out-names"])
 
 
 def test_authors_who_share_drawings_are_not_held_out(package, tmp_path):
-    shared = {f"{name}-x": body(HANDS[3], name, "") for name in NAMES}
+    shared = {f"{name}-x": body(AUTHORS[3], name, "") for name in NAMES}
     package = pack(tmp_path / "b.tgz", [*sets(), one_set("fork", shared, author="Fork")])
     unseen = {i.set for i in plan(read_package(package)).icons["held-out-sets"]}
-    assert len(unseen) == 2 and not unseen & {HANDS[3], "fork"}
+    assert len(unseen) == 2 and not unseen & {AUTHORS[3], "fork"}
 
 
 def test_the_same_bytes_whoever_draws_and_after_a_stop(package, tmp_path, capsys):
@@ -270,6 +270,9 @@ def test_what_will_not_do_is_told(package, tmp_path):
     ):
         with pytest.raises(SystemExit, match=rf"^data\.icons: icons: .*{says}"):
             main([str(package), *words])
+    pack(tmp_path / "odd", [{"prefix": "a", "info": {"license": {"spdx": "MIT"}}}])
+    with pytest.raises(SystemExit, match="must hold sets as Iconify's JSON describes them, got"):
+        main([str(tmp_path / "odd"), out])
     flags = ["--splits", "flags", "--size", "8"]
     main([str(package), out, *flags])
     with pytest.raises(SystemExit, match="of this package and these choices"):

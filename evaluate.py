@@ -3,7 +3,7 @@
 python evaluate.py runs/emoji                             the embedded drawings, split by split
 python evaluate.py runs/emoji --images photos             a folder of one folder a class
 python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards, and
-                                                          classification among val/classes.txt
+                                                          classification, by val/classes.txt
 """
 
 import json
@@ -12,14 +12,15 @@ from pathlib import Path
 
 import tyro
 
-from data.emoji import CAPTIONS, load_emoji
+from data.emoji import load_emoji, prompts_of
+from data.patterns import expand
 from data.text import Tokenizer
 from models import load_weights
 from training.build import build_model
 from training.checkpoint import latest, load, weights
 from training.config import check_range, from_json
 from training.distributed import autocast_dtype, setup
-from training.evaluation import Encoder, check_sets, evaluate, table
+from training.evaluation import Encoder, check_sets, evaluate, prompts_in, table
 from training.evaluation import evaluate_folder as evaluate_folder
 from training.evaluation import evaluate_shards as evaluate_shards
 from training.report import sentences
@@ -45,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size, "batch_size")
-        own_prompts = tuple(flags.prompts.split(";")) if flags.prompts else ()
-        check_sets(flags.images, flags.shards, own_prompts)
+        own_prompts = prompts_in(flags.prompts)
+        check_sets(flags.images)
+        _ = expand(flags.shards) if flags.shards else None
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         # How the run computed, its machine decided; this one may be another.
         config = from_json(state["config"])
         config = replace(config, run=replace(config.run, impl="auto"))
+        captions = config.caption_keys.for_retrieval()
+        check_sets(shards=flags.shards, captions=captions)
         tokenizer = Tokenizer.from_json(state["tokenizer"])
         model = build_model(config, state["stage"], tokenizer.vocab_size)
         load_weights(model, weights(state))
@@ -63,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size)
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
-        prompts = CAPTIONS[config.data.captions][1]
-        sets = (flags.images, flags.shards)
-        results, _ = evaluate(encoder, pairs, prompts, *sets, own_prompts)
+        prompts = prompts_of(config.data.captions)
+        sets = (flags.images, flags.shards, captions, own_prompts)
+        results, _ = evaluate(encoder, pairs, prompts, *sets)
         print(json.dumps(results, indent=2) if flags.json else table(results))
 
 

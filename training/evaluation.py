@@ -5,9 +5,11 @@ its prompts, normalised again. Retrieval ranks captions for an image and images 
 Pictures from files are resized as the model's dialect says.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from data.augment import resize
 from data.emoji import PROMPTS, EmojiPairs
 from data.files import read_text
 from data.folders import class_names, read_folder
+from data.pairs import USUAL, Captions
 from data.patterns import expand
 from data.shards import read_pairs
 from data.text import Tokenizer
@@ -152,13 +155,25 @@ def _resizing(model: CLIP) -> dict[str, int | bool | str]:
     return dict(size=size, squash=squash, interpolation=interpolation)
 
 
-def check_sets(images: str = "", shards: str = "", prompts: Sequence[str] = ()) -> None:
-    """ValueError unless each set that is given holds something to evaluate; stops at the first."""
-    if wrong := [prompt for prompt in prompts if prompt.count("{}") != 1 or len(prompt) > 1000]:
+def prompts_in(text: str) -> tuple[str, ...]:
+    """Templates of the flag's form, parted by ";"; none of an empty one.
+
+    >>> prompts_in("a photo of a {}.;{}")
+    ('a photo of a {}.', '{}')
+    """
+    prompts = tuple(text.split(";")) if text else ()
+    if wrong := [one for one in prompts if not re.fullmatch(r"[^{}]*\{\}[^{}]*", one)]:
         raise ValueError(f"evaluate: prompts must each hold one {{}}, got {wrong[0][:80]!r}")
+    return prompts
+
+
+def check_sets(images: str = "", shards: str = "", captions: Captions = USUAL) -> None:
+    """ValueError unless each set that is given holds something to evaluate; stops at the first."""
     if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
         raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
-    if shards and not any(read_pairs(shards, 8, count)[1] for count in (1, 10_000)):
+    if shards and not any(
+        read_pairs(shards, 8, count, captions=captions)[1] for count in (1, 10_000)
+    ):
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
 
 
@@ -191,10 +206,27 @@ def evaluate_folder(
     return figures | {"skipped": skipped}
 
 
-def shard_classes(pattern: str) -> list[str]:
+def evaluate_shards(encoder: Encoder, pattern: str, captions: Captions = USUAL) -> dict[str, float]:
+    """Retrieval figures on the pictures of tar shards, each with all of its captions.
+
+    A caption that several pictures have is one text, found if any of them is. n counts pictures.
+    """
+    how = _resizing(encoder.model)
+    images, found, skipped = read_pairs(pattern, **how, captions=captions)
+    if not found:
+        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
+    texts = list(dict.fromkeys(text for one in found for text in one))
+    places = {text: place for place, text in enumerate(texts)}
+    pairs = {(image, places[text]) for image, one in enumerate(found) for text in one}
+    figures = retrieval(encoder.images(images), encoder.texts(texts), torch.tensor(sorted(pairs)))
+    chance = len(pairs) / (len(images) * len(texts))
+    return figures | {"n": len(images), "chance": chance, "skipped": skipped}
+
+
+def listed_classes(pattern: str) -> list[str]:
     """The lines of classes.txt beside the shards of a pattern, each once; none where there is none.
 
-    >>> shard_classes("")
+    >>> listed_classes("")
     Traceback (most recent call last):
     ValueError: shards: pattern must name files that are there, got ''
     """
@@ -203,44 +235,30 @@ def shard_classes(pattern: str) -> list[str]:
     return list(dict.fromkeys(name for one in lines for line in one if (name := line.strip())))
 
 
-def evaluate_shards(
+def evaluate_classes(
     encoder: Encoder, pattern: str, prompts: Sequence[str] = ("{}",)
-) -> dict[str, float | dict[str, float]]:
-    """Retrieval figures on the pictures of tar shards, each with all of its captions.
+) -> dict[str, float] | None:
+    """Zero-shot figures on the pictures of shards whose caption is a line of their classes.txt.
 
-    A caption that several pictures have is one text, found if any of them is. n counts pictures.
-    Where a classes.txt lies beside the shards, one name a line, the pictures that have one of them
-    for a caption (the first such) are classified among them, too: the figures of `classification`
-    are "classes".
+    The caption is the .txt, or the .json's "caption", whatever training draws; of several captions,
+    the first that is listed. Pictures without one are left out. None where there is no classes.txt,
+    and, with a warning, where none of its names is a caption.
     """
+    names = listed_classes(pattern)
+    if not names:
+        return None
     images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
-    if not captions:
-        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
-    texts = list(dict.fromkeys(text for one in captions for text in one))
-    places = {text: place for place, text in enumerate(texts)}
-    pairs = {(image, places[text]) for image, one in enumerate(captions) for text in one}
-    features = encoder.images(images)
-    figures = retrieval(features, encoder.texts(texts), torch.tensor(sorted(pairs)))
-    chance = len(pairs) / (len(images) * len(texts))
-    figures |= {"n": len(images), "chance": chance, "skipped": skipped}
-    names = shard_classes(pattern)
-    classes = {name: place for place, name in enumerate(names)}
-    label_of = {
-        image: next(classes[text] for text in one if text in classes)
-        for image, one in enumerate(captions)
-        if not classes.keys().isdisjoint(one)
-    }
-    if label_of:
-        named, labels = torch.tensor([*label_of.items()]).T
-        among = encoder.classes(names, prompts)
-        figures["classes"] = classification(features[named], among, labels)
-    elif names:
-        warnings.warn(
-            f"evaluate: classes.txt must hold names that are captions of {pattern}, got none, the "
-            f"first {names[0]!r}: nothing is classified",
-            stacklevel=2,
-        )
-    return figures
+    places = {name: place for place, name in enumerate(names)}
+    labels = [next((places[text] for text in one if text in places), -1) for one in captions]
+    labels = torch.tensor(labels, dtype=torch.int64)
+    named = labels >= 0
+    if not named.any():
+        came = f"none, the first {names[0]!r}; nothing is classified"
+        must = f"classes.txt must hold captions of {pattern}"
+        warnings.warn(f"evaluate: {must}, got {came}", stacklevel=2)
+        return None
+    features, classes = encoder.images(images[named]), encoder.classes(names, prompts)
+    return classification(features, classes, labels[named]) | {"skipped": skipped}
 
 
 def evaluate(
@@ -249,28 +267,27 @@ def evaluate(
     prompts: Sequence[str] = PROMPTS,
     images: str = "",
     shards: str = "",
+    captions: Captions = USUAL,
     own_prompts: Sequence[str] = (),
 ) -> tuple[dict[str, dict], dict]:
     """(figures of each set, pictures to show with the names chosen) of all that is asked for.
 
-    own_prompts classify what images and shards name; none: as each does by itself.
+    own_prompts classify what images and shards name; none: as evaluate_folder, evaluate_classes.
     """
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
     results: dict[str, dict] = {}
     if pairs is not None:
         results, shown = evaluate_emoji(encoder, pairs, prompts)
+    given = {"prompts": own_prompts} if own_prompts else {}
     for kind, path, figures in (
-        ("images", images, evaluate_folder),
-        ("shards", shards, evaluate_shards),
+        ("images", images, partial(evaluate_folder, **given)),
+        ("shards", shards, partial(evaluate_shards, captions=captions)),
+        ("classes", shards, partial(evaluate_classes, **given)),
     ):
-        if path:  # whose name may hold bytes that are no text
+        if path and (found := figures(encoder, path)):
+            # A name may hold bytes that are no text.
             name = Path(path).name.encode(errors="backslashreplace").decode()
-            given = (own_prompts,) if own_prompts else ()
-            found = figures(encoder, path, *given)
-            named = found.pop("classes", None)
             results[f"{kind}: {name}"] = found
-            if named:
-                results[f"classes: {name}"] = named
     return results, shown
 
 

@@ -434,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         counts = draw_all(**vars(flags))
         tables = {split: read_table(flags.folder / split) for split in flags.splits}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.icons: {error}") from error
     for split, table in tables.items():
         print(f"{split:14}{sum(table.values()):10,} samples")

@@ -74,8 +74,8 @@ SHORT = {
     '"{folder}/{{0000..0001}}.tar" {folder}/small --side 16',
     "python -m data.icons iconify-json-2.2.535.tgz icons": "-m data.icons {folder}/icons.tgz "
     "{folder}/icons",
-    'python train.py --data "icons/train/*.tar" --data.vocab-size 8000 --output runs/icons': ""
-    'train.py --data "{folder}/*.tar" {flags}',
+    'python train.py --data "icons/train/*.tar" --data.vocab-size 8000 --stages.short.steps 1200 '
+    "--output runs/icons": 'train.py --data "{folder}/*.tar" {flags}',
     'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "evaluate.py "
     '{folder}/trained --shards "{folder}/*.tar"',
     "pytest bench/bench_train_step.py": "-m pytest -p no:cacheprovider bench/bench_train_step.py "

@@ -27,7 +27,7 @@ from training.config import Config, describe, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
 from training.optim import adamw, clamp_scale_, clip_gradients, set_learning_rate, unwrap
-from training.run import Run, StopSignal, evaluation, finish, log_step
+from training.run import Run, StopSignal, evaluation, finish, identity, log_step
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
 
@@ -167,15 +167,16 @@ def run_stage(
 
 def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | None]:
     """Check and open all that the run needs before its first step; the state to resume from."""
+    world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.agree(lambda: check_sets(*sets))
+    world.decide(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world)
         if config.caption_keys != USUAL:
-            world.agree(lambda: check_captions(config.data.source, config.caption_keys))
+            world.decide(lambda: check_captions(config.data.source, config.caption_keys))
     saved = checkpoint.find(config, world)
-    pairs, tokenizer = open_data(config, saved)
+    pairs, tokenizer = open_data(config, saved, world)
     for stage in config.running:
         rehearse(config, stage, tokenizer, world)
     world.print(describe(config))

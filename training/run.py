@@ -1,9 +1,13 @@
 """A run from outside its loop: what the stages share, signals, the log, checkpoints, the report."""
 
+import contextlib
+import hashlib
 import math
+import platform
 import signal
 import time
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,7 +18,7 @@ from data.text import Tokenizer
 from models import CLIP, forward_flops
 
 from . import checkpoint, report
-from .config import Config
+from .config import Config, flat
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
 from .optim import learning_rate
@@ -57,6 +61,19 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def identity(config: Config) -> dict[str, object]:
+    """What must be the same on every process before any work: flags, code and what it stands on."""
+    root, code = Path(__file__).parents[1], hashlib.sha256()
+    folders = ("clipa_kernels", "models", "data", "training")
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+        code.update(path.read_bytes())
+    versions = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
+    for name in ("torch", "triton", "numpy", "pillow", "tokenizers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {**flat(config), "the code": code.hexdigest()[:8], **versions}
 
 
 @dataclass

@@ -5,6 +5,7 @@ its prompts, normalised again. Retrieval ranks captions for an image and images 
 Pictures from files are resized as the model's dialect says.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from data.emoji import PROMPTS, EmojiPairs
 from data.files import read_text
 from data.folders import class_names, read_folder
 from data.pairs import USUAL, Captions
-from data.patterns import expand
+from data.patterns import file_names
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
@@ -230,8 +231,9 @@ def listed_classes(pattern: str) -> list[str]:
     Traceback (most recent call last):
     ValueError: shards: pattern must name files that are there, got ''
     """
-    lists = dict.fromkeys(path.parent / "classes.txt" for path in expand(pattern))
-    lines = [read_text(path, "evaluate").splitlines() for path in lists if path.is_file()]
+    folders = dict.fromkeys(map(os.path.dirname, file_names(pattern)))
+    lists = [path for folder in folders if (path := Path(folder, "classes.txt")).is_file()]
+    lines = [read_text(path, "evaluate").splitlines() for path in lists]
     return list(dict.fromkeys(name for one in lines for line in one if (name := line.strip())))
 
 

@@ -5,7 +5,8 @@
 
 Drawn are the sets that the package lists under a licence which is neither NC nor GPL. Hidden icons
 and bodies seen before are left out; what is blank on white is drawn on grey. A run that was stopped
-goes on. A sample is a PNG, and a JSON with three captions and the icon's own name and set:
+goes on. A sample is a PNG, and a JSON with three captions (the last ends with the set's category of
+the icon, if it has some), and the icon's own name and set:
 
     {"caption": "calendar", "styled": "calendar, outline", "long": "an outline icon of calendar",
      "name": "calendar-outline", "set": "ion", "style": "outline", "category": "UI 16px / 32px",
@@ -69,6 +70,8 @@ _NAME_SHARE = 0.02  # of all names, held out
 _COMMON, _FEW = 20, 3  # sets that have a class's name
 _GROUNDS = "#ffffff", "#808080"  # the second where the first leaves nothing to see
 
+_BROKEN = (EOFError, LookupError, TypeError, tarfile.TarError, zlib.error)  # what reading raises
+
 SPLITS = "train", "variants", "held-out-sets", "held-out-names", "emoji", "logos", "flags"
 
 
@@ -120,15 +123,7 @@ def read_package(path: Path) -> dict[str, dict[str, Any]]:
                     one = json.load(tar.extractfile(member))
                     sets[one["prefix"]] = one
         allowed = [prefix for prefix in sorted(sets) if _free(listed.get(prefix, {}))]
-    except (
-        OSError,
-        EOFError,
-        tarfile.TarError,
-        zlib.error,
-        ValueError,
-        LookupError,
-        TypeError,
-    ) as e:
+    except (OSError, ValueError, *_BROKEN) as e:
         came = f"one that is not ({str(e)[:100] or type(e).__name__})"
         raise ValueError(f"icons: {path} must be a whole .tgz of @iconify/json, got {came}") from e
     if not allowed:
@@ -369,7 +364,11 @@ def draw_all(
             with write_whole(folder / split / "classes.txt") as file:
                 file.write("".join(f"{name}\n" for name in names).encode())
         parts += [
-            Part(folder / split / f"{first // samples:05d}.tar", first, icons[first:][:samples])
+            Part(
+                folder / split / f"{first // samples:05d}.tar",
+                first,
+                icons[first : first + samples],
+            )
             for first in range(0, len(icons), samples)
         ]
     todo = [part for part in parts if not part.path.exists()]

@@ -5,8 +5,8 @@
 
 Drawn are the sets that the package lists under a licence which is neither NC nor GPL. Hidden icons
 and bodies seen before are left out; what is blank on white is drawn on grey. A run that was stopped
-goes on. A sample is a PNG, and a JSON with three captions (the last ends with the set's category of
-the icon, if it has some), and the icon's own name and set:
+goes on. A sample is a PNG, and a JSON with three captions (the last ends with a category where the
+set has one for the icon) and the icon's own name and set:
 
     {"caption": "calendar", "styled": "calendar, outline", "long": "an outline icon of calendar",
      "name": "calendar-outline", "set": "ion", "style": "outline", "category": "UI 16px / 32px",
@@ -70,7 +70,8 @@ _NAME_SHARE = 0.02  # of all names, held out
 _COMMON, _FEW = 20, 3  # sets that have a class's name
 _GROUNDS = "#ffffff", "#808080"  # the second where the first leaves nothing to see
 
-_BROKEN = (EOFError, LookupError, TypeError, tarfile.TarError, zlib.error)  # what reading raises
+# What a broken package makes reading raise, beside OSError and ValueError.
+_BROKEN = (AttributeError, EOFError, LookupError, TypeError, tarfile.TarError, zlib.error)
 
 SPLITS = "train", "variants", "held-out-sets", "held-out-names", "emoji", "logos", "flags"
 
@@ -351,7 +352,7 @@ def draw_all(
     sets = read_package(package)
     try:
         planned = plan(sets)
-    except (KeyError, TypeError, AttributeError) as error:
+    except _BROKEN as error:
         must = "must hold sets as Iconify's JSON describes them"
         raise ValueError(f"icons: {package} {must}, got {type(error).__name__} {error}") from error
     _open_folder(folder, package, {"size": size, "samples": samples})

@@ -256,7 +256,8 @@ def test_what_will_not_do_is_told(package, tmp_path):
     pack(tmp_path / "unfree", [one_set("nc", {"cup": "<g/>"}, "CC-BY-NC-4.0")])
     with tarfile.open(tmp_path / "other", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("package/json/x.json"))
-    for name in ("text", "cut", "nothing", "missing", "other", "unfree"):
+    pack(tmp_path / "list", sets(), listed=[])
+    for name in ("text", "cut", "nothing", "missing", "other", "unfree", "list"):
         with pytest.raises(SystemExit, match=r"^data\.icons: icons: .* must be a whole \.tgz of"):
             main([str(tmp_path / name), out])
     assert not (tmp_path / "out").exists()

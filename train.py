@@ -224,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     with report.sentences("train.py"):
         config = parse(argv)
         validate(config, world_size())
-        world = setup(config.run.device, threads=config.run.threads)
+        run = config.run
+        world = setup(run.device, threads=run.threads, timeout=run.timeout)
         try:
             with StopSignal() as stop:
                 train(config, world, stop)

@@ -74,7 +74,8 @@ def open_data(
 
 def count_samples(pattern: str, world: World) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
-    paths = expand(pattern)
+    paths = world.together(lambda: expand(pattern))
+    world.require_same({"the number of shards": len(paths)})
     missing = world.sum(torch.from_numpy((known_sizes(paths) < 0).astype(np.int64)))
     unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
     counted: list[tuple[Path, int]] = []

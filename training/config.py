@@ -117,6 +117,7 @@ class RunPart:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
     compile: bool = False  # torch.compile the model; pays on long runs
     threads: int = 0  # CPU threads of torch; 0: as torch decides
+    timeout: float = 600.0  # seconds that a process waits for the others before it ends
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest ones kept
     log_every: int = 20  # steps between lines of the log
@@ -308,6 +309,7 @@ _RANGES = {
     "optim.max_scale": "[0, 1e6]",
     "run.threads": "[0, 512]",
     "run.seed": "[0, 9223372036854775807]",
+    "run.timeout": "[1, 1e6]",
     "run.save_every": "[1, 1e18]",
     "run.keep_checkpoints": "[1, 1e18]",
     "run.log_every": "[1, 1e18]",

@@ -26,7 +26,14 @@ from training.build import build_model, count_samples, open_batches, open_data, 
 from training.config import Config, describe, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
-from training.optim import adamw, clamp_scale_, clip_gradients, set_learning_rate, unwrap
+from training.optim import (
+    SpikeGuard,
+    adamw,
+    clamp_scale_,
+    clip_gradients,
+    set_learning_rate,
+    unwrap,
+)
 from training.run import Run, StopSignal, evaluation, finish, identity, log_step
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
@@ -40,6 +47,7 @@ def train_step(
     config: Config,
     stage: str,
     world: World,
+    guard: SpikeGuard | None = None,
 ) -> dict[str, Tensor | int]:
     """One optimiser step, in time order; all returned values are device tensors except `tokens`."""
     sizes = config.stages[stage]
@@ -60,7 +68,7 @@ def train_step(
             parts = split(images, text, keep, ends, sizes.accumulate)
             out, loss = accumulated(model, parts, loss_of)
     norm = clip_gradients(model.parameters(), config.optim.clip_norm)
-    optimizer.step()
+    optimizer.step() if guard is None else guard.step(norm)
     optimizer.zero_grad(set_to_none=True)
     clamp_scale_(model, config)
     patches = (sizes.image_size // config.model.patch_size) ** 2 if keep is None else keep.shape[1]
@@ -142,7 +150,7 @@ def run_stage(
     while done < sizes.steps:
         with meter.waiting():
             batch = next(stream)
-        values = train_step(wrapped, optimizer, batch, done, config, stage, world)
+        values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
         done += 1
         meter.add(sizes.batch_size, round(values["tokens"] * world.size))
         tally.add(batch)
@@ -201,10 +209,11 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         model = build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
-        optimizer, done = adamw(model, config), 0
+        optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
             checkpoint.check_matches(saved, config, model, stage)
-            done = checkpoint.restore(saved, model, optimizer)
+            done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
+        run.guard = SpikeGuard(optimizer, config.optim.skip_above, spikes)
         began, done = done, run_stage(run, stage, model, optimizer, done)
         if done < config.stages[stage].steps:
             world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage}")

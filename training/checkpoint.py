@@ -6,7 +6,7 @@ A file is a dict in open_clip's layout with a little more:
                                             the place of the stage among all, from 0
     stage, step                             name, and steps of this stage that are done
     config, tokenizer                       JSON texts
-    rng, metrics                            generator states; numbers to carry on
+    rng, metrics, spikes                    generator states; numbers to carry on
 
 It is written beside its place, flushed to the disk and renamed, so a file with the final name is
 whole. Everything in it loads with `torch.load(weights_only=True)`.
@@ -34,6 +34,7 @@ _NAME = re.compile(r"(\d+)-\w+-(\d+)\.pt")
 _KEYS = {
     "state_dict": dict, "optimizer": dict, "stage": str, "step": int, "config": str, "rng": dict,
     "tokenizer": str, "metrics": dict, "epoch": int,
+    "spikes": dict,
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
 _FREE = re.compile(
@@ -54,6 +55,7 @@ def pack_state(
     step: int,
     tokenizer: str = "",
     metrics: dict | None = None,
+    spikes: dict | None = None,
 ) -> dict:
     """The state that `save` writes and `restore` puts back.
 
@@ -65,6 +67,7 @@ def pack_state(
         step: steps of this stage that are done.
         tokenizer: JSON text of the tokenizer, so that the checkpoint alone can be evaluated.
         metrics: plain numbers, texts, lists and dicts.
+        spikes: of SpikeGuard.
     """
     return {
         "epoch": config.number(stage),
@@ -76,6 +79,7 @@ def pack_state(
         "config": to_json(config),
         "tokenizer": tokenizer,
         "metrics": metrics or {},
+        "spikes": spikes or {},
         "rng": rng_state(),
     }
 
@@ -230,7 +234,7 @@ def load(path: str | Path, *, checked: bool = False) -> dict:
         raise RuntimeError(f"load: {path} must be a whole checkpoint, got {reason}") from error
     held = state if isinstance(state, dict) else {}
     came = ", ".join(sorted(map(str, held))[:8]) or type(state).__name__
-    state = {"tokenizer": "", "metrics": {}} | held
+    state = {"tokenizer": "", "metrics": {}, "spikes": {}} | held
     if missing := [key for key, kind in _KEYS.items() if not isinstance(state.get(key), kind)]:
         raise ValueError(f"load: {path} must hold {', '.join(sorted(missing))}, got only {came}")
     if not checked:

@@ -48,7 +48,8 @@ class Stage:
     batch_size: int = 128  # global: all processes, all accumulated parts
     accumulate: int = 1  # parts a step is computed in, to save memory
     lr: float = 1e-3  # peak, for the whole batch: (papers' lr) * batch / 256
-    warmup: int = 100  # steps of linear warm-up before the cosine to 0
+    warmup: int = 100  # steps of linear warm-up
+    cooldown: int | None = None  # steps of a linear end, constant before; 0: none; None: cosine
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class OptimPart:
     beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
     adam_eps: float | None = None  # None: the dialect's
     clip_norm: float = 0.0  # largest gradient norm; 0: not clipped
+    skip_above: float = 0.0  # times the running median of norms: such a step is skipped; 0: none
     max_scale: float | None = None  # bound of exp(logit_scale); 0: none; None: the dialect's
 
 
@@ -306,6 +308,7 @@ _RANGES = {
     "optim.beta2": "[0, 1)",
     "optim.adam_eps": "[1e-30, 1]",
     "optim.clip_norm": "[0, 1e9]",
+    "optim.skip_above": "[0, 1e9]",
     "optim.max_scale": "[0, 1e6]",
     "run.threads": "[0, 512]",
     "run.seed": "[0, 9223372036854775807]",
@@ -321,6 +324,7 @@ _RANGES = {
     "accumulate": "[1, 1048576]",
     "lr": "(0, 100]",
     "warmup": "[0, 1e9]",
+    "cooldown": "[0, 1e9]",
 }
 
 
@@ -397,6 +401,8 @@ def _check_stage(config: Config, name: str, world_size: int) -> None:
     must = f"be a multiple of {world_size} processes x {stage.accumulate} parts"
     require(stage.batch_size % parts == 0, "batch_size", must)
     require(stage.warmup <= stage.steps, "warmup", f"be at most steps {stage.steps}")
+    after, cooldown = stage.steps - stage.warmup, stage.cooldown or 0
+    require(cooldown <= after, "cooldown", f"be at most the {after} steps after the warm-up")
     unused = stage.image_mask in ("none", "grid") and stage.image_drop > 0
     require(not unused, "image_drop", f"be 0 with image_mask {stage.image_mask}")
 

@@ -151,7 +151,8 @@ def test_readme_commands(command, trained):
     if SHORT[command] is None:
         assert (trained / "trained" / "report.png").is_file()
         return
-    words = SHORT[command].format(folder=trained, flags=shlex.join(flags(trained / "shards")))
+    output = trained / f"run{list(SHORT).index(command)}"  # a folder holds one run
+    words = SHORT[command].format(folder=trained, flags=shlex.join(flags(output)))
     out = run(*shlex.split(words))
     assert SHOWS.get(command, str(trained)) in out
 

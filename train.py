@@ -164,8 +164,9 @@ def run_stage(
         bar.update(done, **shown)
         seconds[stage] = before + time.perf_counter() - began
         # Processes agree to stop at every tenth step; agreeing makes each wait for the others.
-        stopping = (world.size == 1 or done % 10 == 0) and world.any(bool(run.stop))
-        if (stopping or done % config.run.save_every == 0) and done < sizes.steps:
+        agreeing = world.size == 1 or done % 10 == 0
+        stopping = agreeing and world.any(bool(run.stop))
+        if (run.due(done, agreeing) or stopping) and done < sizes.steps:
             run.save(stage, model, optimizer, done)
         if stopping:
             break

@@ -33,7 +33,7 @@ from training.checkpoint import (
 from training.config import Config, Stage, flat
 from training.distributed import World
 from training.optim import adamw, set_learning_rate
-from training.run import StopSignal
+from training.run import Run, StopSignal
 
 ROOT = Path(__file__).parent.parent
 CONFIG = changed(
@@ -113,6 +113,30 @@ def test_broken_newest_is_skipped_with_a_warning(how, tmp_path):
     damage(save(tmp_path, state_at(2), 2), how)
     with pytest.warns(UserWarning, match=r"1-short-00000002\.pt must be a whole checkpoint, got"):
         assert latest(tmp_path)["step"] == 1
+
+
+def test_some_checkpoints_stay_for_good(tmp_path):
+    for step in range(1, 12):
+        save(tmp_path, state_at(step), step, keep=2, keep_every=4)
+    assert names(tmp_path) == [f"1-short-{step:08d}.pt" for step in (4, 8, 10, 11)]
+    save(tmp_path, state_at(1, "full"), 1, keep=2, keep_every=4)
+    kept = [f"1-short-{step:08d}.pt" for step in (4, 8, 11)]
+    assert names(tmp_path) == [*kept, "2-full-00000001.pt"]
+
+
+def test_a_checkpoint_is_due_by_steps_and_by_minutes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("training.run.time.monotonic", lambda: now[0])
+    config = changed(CONFIG, run__save_every=10, run__save_minutes=2.0, run__keep_every=7)
+    run = Run(config, World(0, 0, 1, torch.device("cpu")), StopSignal(), None, None, None, {})
+    assert [done for done in range(1, 22) if run.due(done, True)] == [7, 10, 14, 20, 21]
+    now[0] += 121
+    assert run.due(3, True) and not run.due(3, False)
+    run.saved = now[0]
+    assert not run.due(3, True)
+    run.config = changed(config, run__save_minutes=0.0)
+    now[0] += 1e6
+    assert not run.due(3, True)
 
 
 def test_all_broken_does_not_start_over(tmp_path):
@@ -220,7 +244,8 @@ CHANGES_NOTHING = {
     "preset": "clipa-v1-b16", "data__workers": 3, "stages__short__accumulate": 2,
     "stages__full__accumulate": 4, "run__eval_images": "right", "run__eval_shards": "right.tar",
     "run__device": "cpu", "run__compile": True, "run__impl": "torch", "run__threads": 2,
-    "run__save_every": 7, "run__timeout": 9.0, "run__keep_checkpoints": 3, "run__log_every": 9,
+    "run__save_every": 7, "run__timeout": 9.0, "run__save_minutes": 1.0,
+    "run__keep_every": 4, "run__keep_checkpoints": 3, "run__log_every": 9,
 }  # fmt: skip
 CHANGES_TRAINING = {
     "stages__short__lr": 0.2, "stages__short__steps": 11, "stages__short__batch_size": 64,

@@ -104,7 +104,8 @@ def test_every_field_has_help(capsys):
 def test_a_stage_and_the_rest_stay_few():
     assert len(fields(Stage)) <= 12
     parts = (DataPart, ModelPart, OptimPart, RunPart)
-    assert 2 + sum(len(fields(part)) for part in parts) <= 40  # and preset, config
+    # And preset, config. The engine's choices (shards of states, memory, saving) came in later.
+    assert 2 + sum(len(fields(part)) for part in parts) <= 60
 
 
 @pytest.mark.parametrize("flags", [["--preset", "clipa-v2-h14"], ["--preset=clipa-v2-h14"]])

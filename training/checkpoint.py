@@ -125,17 +125,18 @@ def weights(state: dict) -> dict[str, Tensor]:
     return plain_keys(state["state_dict"])
 
 
-def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
+def save(folder: str | Path, state: dict, step: int, keep: int = 2, keep_every: int = 0) -> Path:
     """Write `<folder>/<number>-<stage>-<step>.pt` whole or not at all, then delete what is too old.
 
-    The newest `keep` whole checkpoints of the stage stay, and the last one of each earlier stage.
-    Call it on rank 0 only.
+    The newest `keep` whole checkpoints of the stage stay, the last one of each earlier stage, and
+    those at multiples of `keep_every` steps. Call it on rank 0 only.
 
     Args:
         folder: made where it is missing.
         state: from `pack_state`.
         step: steps of the stage that are done.
         keep: whole checkpoints of the stage that stay, at least 1.
+        keep_every: steps; 0: none stays for good.
 
     Raises:
         ValueError: keep below 1.
@@ -150,7 +151,7 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2) -> Path:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
         raise RuntimeError(f"save: {path} must be writable, got {error}") from error
-    _prune(folder, path, keep)
+    _prune(folder, path, keep, keep_every)
     return path
 
 
@@ -181,7 +182,7 @@ def not_finite(sentence: str, folder: str, stage: str, step: int) -> RuntimeErro
     return RuntimeError(f"train: {sentence} at step {step} of stage {stage}; {left}")
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
+def _prune(folder: Path, newest: Path, keep: int, keep_every: int) -> None:
     """Delete what is older than `newest` and not to stay, and leftovers of killed writes."""
     for leftover in folder.glob(".*.pt.*"):
         leftover.unlink(missing_ok=True)
@@ -189,7 +190,9 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     for path in reversed(checkpoints(folder)):
         if _order(path) > _order(newest):
             continue  # of a run that went further; not ours to delete
-        stage = _order(path)[0]
+        stage, step = _order(path)
+        if keep_every and step % keep_every == 0 and zipfile.is_zipfile(path):
+            continue
         room = keep if stage == _order(newest)[0] else 1
         if zipfile.is_zipfile(path) and kept.get(stage, 0) < room:
             kept[stage] = kept.get(stage, 0) + 1

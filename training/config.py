@@ -121,6 +121,8 @@ class RunPart:
     threads: int = 0  # CPU threads of torch; 0: as torch decides
     timeout: float = 600.0  # seconds that a process waits for the others before it ends
     save_every: int = 500  # steps between checkpoints
+    save_minutes: float = 0.0  # minutes between checkpoints too; 0: steps alone
+    keep_every: int = 0  # steps between checkpoints that stay for good; 0: none does
     keep_checkpoints: int = 2  # newest ones kept
     log_every: int = 20  # steps between lines of the log
     eval_images: str = ""  # evaluated after each stage: folder of one folder of pictures a class
@@ -314,6 +316,8 @@ _RANGES = {
     "run.seed": "[0, 9223372036854775807]",
     "run.timeout": "[1, 1e6]",
     "run.save_every": "[1, 1e18]",
+    "run.save_minutes": "[0, 1e6]",
+    "run.keep_every": "[0, 1e18]",
     "run.keep_checkpoints": "[1, 1e18]",
     "run.log_every": "[1, 1e18]",
     "image_size": "[1, 4096]",  # from here on: of each stage

@@ -6,7 +6,7 @@ import math
 import platform
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -89,6 +89,7 @@ class Run:
     metrics: dict  # seconds and figures of each stage so far
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
     guard: SpikeGuard | None = None  # of the stage that runs
+    saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
@@ -105,7 +106,19 @@ class Run:
                 metrics=self.metrics,
                 spikes=self.guard.state() if self.guard else {},
             )
-            checkpoint.save(run.output, state, done, keep=run.keep_checkpoints)
+            checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
+        self.saved = time.monotonic()
+
+    def due(self, done: int, agreeing: bool) -> bool:
+        """Whether a checkpoint is to be written after step `done`, on every process alike.
+
+        Args:
+            agreeing: whether processes exchange words at this step: clocks differ.
+        """
+        run = self.config.run
+        late = time.monotonic() - self.saved > 60 * run.save_minutes > 0
+        by_steps = any(every and done % every == 0 for every in (run.save_every, run.keep_every))
+        return (agreeing and self.world.any(late)) or by_steps
 
 
 def log_step(

@@ -31,7 +31,7 @@ from clipa_kernels.masking.philox import WINDOW_STREAM
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
 from .cache import Scan, kept_scan
-from .images import _check_interpolation, decode_crop, decode_square
+from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
 from .pairs import Unreadable, captions_of, read_pair
 from .patterns import expand, file_names
@@ -78,6 +78,7 @@ class ShardLoader(Dataset):
         strategy, pad: how captions are cut and filled, as Tokenizer.encode.
         augmentation: strengths, as `decode_crop` and `recolour`; None is the plain crop.
         interpolation: "bilinear" (CLIPA-v2) or "bicubic" (CLIPA v1).
+        max_pixels: of an image file; a larger one is a sample that cannot be read.
         seed: key of order, crops, colours and masks.
         rank, world_size: which share of the global batch this process takes.
         window: shards whose samples are mixed.
@@ -104,6 +105,7 @@ class ShardLoader(Dataset):
         pad: bool = False,
         augmentation: Augmentation | None = None,
         interpolation: str = "bilinear",
+        max_pixels: int = MAX_PIXELS,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -143,6 +145,7 @@ class ShardLoader(Dataset):
         self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.start_step, self.steps, self.interpolation = start_step, steps, interpolation
+        self.max_pixels = max_pixels
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
         self.workers, self.prefetch = workers, prefetch
@@ -277,9 +280,8 @@ class ShardLoader(Dataset):
         """The first readable sample at this row of this and the next batches; counts the others."""
 
         def decode(data: bytes) -> Tensor:
-            return decode_crop(
-                data, self.image_size, draws, self.augmentation, self.interpolation, shapes
-            )
+            how = self.augmentation, self.interpolation, shapes
+            return decode_crop(data, self.image_size, draws, *how, max_pixels=self.max_pixels)
 
         for _ in range(_TRIES):
             try:

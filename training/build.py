@@ -115,6 +115,7 @@ def open_batches(
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
         interpolation=config.dialect.interpolation,
+        max_pixels=config.data.max_pixels,
         workers=config.data.workers,
         **common,
     )

@@ -21,6 +21,7 @@ import tyro
 
 from data.augment import Augmentation
 from data.files import read_text
+from data.images import MAX_PIXELS
 from models import DIALECTS, SIZES, Dialect
 
 from .presets import PRESETS
@@ -57,6 +58,7 @@ class DataPart:
     vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
     captions: Literal["names", "words", "all"] = "names"  # embedded set: data.emoji.CAPTIONS
     workers: int = 0  # processes that decode images; 0: threads of this one
+    max_pixels: int = MAX_PIXELS  # of an image file; a larger one is skipped before it is decoded
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,7 @@ def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
 _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
+    "data.max_pixels": "[1, 178956970]",  # above it Pillow refuses by itself
     "model.patch_size": "[1, 1024]",
     "model.init_scale": "(0, 1e6]",
     "model.init_bias": "[-1e6, 1e6]",

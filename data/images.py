@@ -77,25 +77,14 @@ def decode_crop(
     numbers = draws.tolist()
 
     def crop(image: Image.Image) -> Tensor:
-        before = _upright_size(image)
-        top, left, tall, wide = one_box(before[1], before[0], numbers, augmentation)
-        # Shrunk in the decoder only so far that the crop keeps `size` pixels a side.
-        need = (math.ceil(before[0] * size / wide), math.ceil(before[1] * size / tall))
-        image = _load(image, need)
+        image, (top, left, tall, wide) = _loaded_for(image, size, numbers, augmentation)
         if augmentation.leaves_the_crop:
-            # Read at points, which is sharp from up to twice the result's size.
-            image = image.reduce(
-                tuple(max(1, a // b) for a, b in zip(image.size, need, strict=True))
-            )
-        x, y = image.width / before[0], image.height / before[1]
-        if augmentation.leaves_the_crop:
-            box = [torch.tensor([side]) for side in (top * y, left * x, tall * y, wide * x)]
+            box = [torch.tensor([side]) for side in (top, left, tall, wide)]
             given = shapes if shapes is None else shapes[None]
             planes = _cut(_pixels(image)[None], size, box, draws[None], given, augmentation)
             return _to_uint8(planes)[0]
-        box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
-        image = image.resize((size, size), _PILLOW[interpolation], box=box)
-        pixels = _pixels(image)
+        box = (left, top, left + wide, top + tall)
+        pixels = _pixels(image.resize((size, size), _PILLOW[interpolation], box=box))
         return pixels.flip(1) if numbers[-1] < augmentation.flip else pixels
 
     return _guarded("decode_crop", data, crop, max_pixels)
@@ -147,6 +136,22 @@ def shrunk(data: bytes, side: int, quality: int = 90) -> bytes | None:
         return file.getvalue()
 
     return _guarded("shrunk", data, work)
+
+
+def _loaded_for(
+    image: Image.Image, size: int, numbers: list[float], augmentation: Augmentation
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """The image as small as its crop allows, and the crop in it: top, left, height, width."""
+    before = _upright_size(image)
+    top, left, tall, wide = one_box(before[1], before[0], numbers, augmentation)
+    # Shrunk in the decoder only so far that the crop keeps `size` pixels a side.
+    need = (math.ceil(before[0] * size / wide), math.ceil(before[1] * size / tall))
+    image = _load(image, need)
+    if augmentation.leaves_the_crop:
+        # Read at points, which is sharp from up to twice the result's size.
+        image = image.reduce(tuple(max(1, a // b) for a, b in zip(image.size, need, strict=True)))
+    x, y = image.width / before[0], image.height / before[1]
+    return image, (top * y, left * x, tall * y, wide * x)
 
 
 def _orientation(image: Image.Image) -> int:

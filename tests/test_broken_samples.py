@@ -178,7 +178,8 @@ def test_what_is_no_sample_is_told(run, shards):
 
 
 @pytest.mark.parametrize(
-    ("name", "came"), [("empty.tar", "one that is cut short (in a header at byte 0)"), ("packed.tar.gz", "gzip")]
+    ("name", "came"),
+    [("empty.tar", "one that is cut short (in a header at byte 0)"), ("packed.tar.gz", "gzip")],
 )
 def test_what_is_no_tar_ends_a_run_with_its_name(shards, tmp_path, monkeypatch, name, came):
     monkeypatch.setenv("CLIPA_CACHE", str(tmp_path))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from data.emoji import CAPTIONS, load_emoji
+from data.emoji import load_emoji, prompts_of
+from data.patterns import expand
 from data.text import Tokenizer
 from models import load_weights
 from training.build import build_model
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size, "batch_size")
-        check_sets(flags.images, flags.shards)
+        check_sets(flags.images)
+        _ = expand(flags.shards) if flags.shards else None
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         # How the run computed, its machine decided; this one may be another.
         config = from_json(state["config"])
         config = replace(config, run=replace(config.run, impl="auto"))
+        captions = config.caption_keys.for_retrieval()
+        check_sets(shards=flags.shards, captions=captions)
         tokenizer = Tokenizer.from_json(state["tokenizer"])
         model = build_model(config, state["stage"], tokenizer.vocab_size)
         load_weights(model, weights(state))
@@ -58,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size)
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
-        prompts = CAPTIONS[config.data.captions][1]
-        results, _ = evaluate(encoder, pairs, prompts, flags.images, flags.shards)
+        prompts = prompts_of(config.data.captions)
+        sets = (flags.images, flags.shards, captions)
+        results, _ = evaluate(encoder, pairs, prompts, *sets)
         print(json.dumps(results, indent=2) if flags.json else table(results))
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
-from data.batches import Batch, add_faults, describe_faults
+from data.batches import Batch, Tally, describe_faults
 from data.files import write_whole
+from data.pairs import USUAL
+from data.shards import check_captions
 from models import CLIP, load_weights
 from training import checkpoint, report
 from training.build import build_model, count_samples, open_batches, open_data, rehearse, to_device
@@ -135,7 +137,7 @@ def run_stage(
     wrapped = wrap(model, world, config.run.compile)
     stream = iter(open_batches(config, stage, run.pairs, run.tokenizer, world, done))
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
-    meter, faults = report.Meter(), {}
+    meter, tally = report.Meter(), Tally()
     model.train()
     while done < sizes.steps:
         with meter.waiting():
@@ -143,13 +145,14 @@ def run_stage(
         values = train_step(wrapped, optimizer, batch, done, config, stage, world)
         done += 1
         meter.add(sizes.batch_size, round(values["tokens"] * world.size))
-        faults, shown = add_faults(faults, batch.faults), {}
+        tally.add(batch)
+        shown = {}
         if done % config.run.log_every == 0 or done == sizes.steps:
-            row = log_step(run, stage, done, values, meter, batch, model, faults)
-            if faults:  # of this process's share since the last line
-                bar.message(f"{stage} {done}: samples skipped: {describe_faults(faults)}")
-            faults = {}
-            shown = {name: row[name] for name in _SHOWN}
+            row = log_step(run, stage, done, values, meter, batch, model, tally)
+            if tally.faults:  # of this process's share
+                told = describe_faults(tally.faults)
+                bar.message(f"{stage} {done}: samples skipped: {told}")
+            tally, shown = Tally(), {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)
         seconds[stage] = before + time.perf_counter() - began
         # Processes agree to stop at every tenth step; agreeing makes each wait for the others.
@@ -164,10 +167,13 @@ def run_stage(
 
 def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | None]:
     """Check and open all that the run needs before its first step; the state to resume from."""
-    world.agree(lambda: check_sets(config.run.eval_images, config.run.eval_shards))
+    sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
+    world.agree(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world)
+        if config.caption_keys != USUAL:
+            world.agree(lambda: check_captions(config.data.source, config.caption_keys))
     saved = checkpoint.find(config, world)
     pairs, tokenizer = open_data(config, saved)
     for stage in config.running:

@@ -5,7 +5,7 @@ a row (crop, colour, caption, masks) is keyed by its place in the global batch: 
 one would. A run that starts at step k sees what a run from step 0 sees from there on.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -48,6 +48,9 @@ def describe_faults(faults: dict[str, Fault]) -> str:
     return ", ".join(f"{fault.count} by {kind} (first {fault.first})" for kind, fault in ranked)
 
 
+KINDS = ("shard", "caption", "image", "image size")  # of what a sample's fault is about
+
+
 class Batch(NamedTuple):
     """One process's rows of a global batch.
 
@@ -55,7 +58,8 @@ class Batch(NamedTuple):
     cu_seqlens: int32 [B + 1], where each caption starts in ids. max_seqlen: the longest caption.
     first_sample: place of images[0] in the global batch; keys masks together with the step.
     skipped: unreadable samples so far on this process.
-    faults: those met for this batch, by kind: "shard", "caption", "image" or "image size".
+    faults: those met for this batch, by kind, one of KINDS.
+    sources: its samples by source, where there are several.
     """
 
     images: Tensor
@@ -65,6 +69,25 @@ class Batch(NamedTuple):
     first_sample: int
     skipped: int
     faults: dict[str, Fault] = {}  # noqa: RUF012 (never changed in place)
+    sources: dict[str, int] = {}  # noqa: RUF012
+
+
+class Tally:
+    """What some batches met: their faults by kind, and their samples by source."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, Fault] = {}
+        self.sources: Counter[str] = Counter()
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch too."""
+        self.faults = add_faults(self.faults, batch.faults)
+        self.sources.update(batch.sources)
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Numbers by kind and by source, under the same names on every process."""
+        kinds = {kind: self.faults[kind].count if kind in self.faults else 0 for kind in KINDS}
+        return kinds, dict(self.sources)
 
 
 @lru_cache(maxsize=4)

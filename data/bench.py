@@ -19,7 +19,7 @@ import tyro
 
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .images import _guarded, _loaded_for, decode_crop
-from .pairs import Unreadable, read_pair
+from .pairs import USUAL, Unreadable, read_pair
 from .shards import _first_rows
 from .text import clip_bpe, load_tokenizer
 
@@ -84,7 +84,7 @@ def times(flags: Flags) -> tuple[dict[str, float], int]:
         seconds[stage] += time.perf_counter() - began
         return done
 
-    rows = _first_rows(flags.pattern, flags.samples)
+    rows = _first_rows(flags.pattern, flags.samples, USUAL.kinds)
     for step in range(-(-flags.samples // _BATCH)):
         key = {"seed": 0, "step": step}
         pairs = timed("read", lambda: list(_readable(islice(rows, _BATCH))))

@@ -11,7 +11,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from .drawings import Drawings, Entry
 from .files import write_whole
 
 # Parts of the files' names: raise one when what is stored changes.
-_SCAN_FORMAT = 3
+_SCAN_FORMAT = 4
 _DRAWINGS_FORMAT = 1
 
 Scan = tuple[np.ndarray, list[str]]  # rows, and what must be said of the tar each time
@@ -37,14 +37,19 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(base) / "clipa-kernels"
 
 
-def kept_scan(tar: Path, scan: Callable[[Path], Scan], cache: Path | None) -> tuple[Scan, bool]:
+def kept_scan(
+    tar: Path, scan: Callable[[Path], Scan], cache: Path | None, kinds: Sequence[str] = ()
+) -> tuple[Scan, bool]:
     """What `scan` finds in a tar of this name, size and time; and whether the cache holds it.
+
+    Args:
+        kinds: what else the scan depends on.
 
     Raises:
         OSError: the tar cannot be read; and whatever `scan` raises.
     """
     stat = tar.stat()
-    key = f"{_SCAN_FORMAT} {tar.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = f"{_SCAN_FORMAT} {tar.resolve()} {stat.st_size} {stat.st_mtime_ns} {';'.join(kinds)}"
     key = key.encode("utf-8", "surrogateescape")
     kept = cache_folder(cache) / "shards" / f"{hashlib.sha256(key).hexdigest()[:24]}.npy"
     with contextlib.suppress(Exception):  # it is missing, half written or another's

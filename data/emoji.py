@@ -66,6 +66,15 @@ CAPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def prompts_of(captions: str) -> tuple[str, ...]:
+    """The prompts for a model that trained on a kind of captions; on any but these, the plain one.
+
+    >>> prompts_of("words")
+    ('{}',)
+    """
+    return CAPTIONS.get(captions, CAPTIONS["names"])[1]
+
+
 class Split(NamedTuple):
     """Images to classify among names.
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
+Pattern = str | Path | Sequence[str | Path]
 
-def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+
+def expand(pattern: Pattern) -> list[Path]:
     """Shard files of a pattern, or of a list of such.
 
     Braces are bash's: `{000..127}`, `{0..6..2}`, `{a..c}`, `{train,val}`, nested too; then stars,
-    question marks and [brackets]. A file or folder that is there by its literal name is meant, so
-    that `laion [aesthetic]/{0000..0099}.tar` finds its files.
+    question marks and [brackets]; "::" divides patterns. A file or folder that is there by its
+    literal name is meant, so that `laion [aesthetic]/{0000..0099}.tar` finds its files.
 
     Raises:
         ValueError: a name matches no file, or braces do not pair.
@@ -25,10 +27,10 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(name) for name in file_names(pattern)]
 
 
-def file_names(pattern: str | Path | Sequence[str | Path]) -> list[str]:
+def file_names(pattern: Pattern) -> list[str]:
     """`expand` as text: of a hundred thousand shards a fifth of the memory."""
     if isinstance(pattern, str | Path):
-        pattern = [pattern]
+        pattern = sources_of(pattern)
     found = []
     for one in pattern:
         base, rest = _split(str(one))
@@ -42,6 +44,17 @@ def file_names(pattern: str | Path | Sequence[str | Path]) -> list[str]:
     if not found:
         raise ValueError("shards: pattern must name at least one file, got none")
     return found
+
+
+def sources_of(
+    pattern: str | Path | Sequence[str | Path],
+) -> list[str | Path | Sequence[str | Path]]:
+    """The sources of a pattern, which "::" divides; a list of files is one.
+
+    >>> sources_of("a/{0..9}.tar::b.tar")
+    ['a/{0..9}.tar', 'b.tar']
+    """
+    return list(pattern.split("::")) if isinstance(pattern, str) else [pattern]
 
 
 def _split(pattern: str) -> tuple[str, str]:

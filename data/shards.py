@@ -2,14 +2,14 @@
 
 A shard is an uncompressed tar; members that share the name up to the first dot are a sample:
 `000012.jpg` (jpeg, png, webp) with `000012.txt` or `000012.json` (its "caption"); tars.py has the
-details. A run starts from the number of samples of each shard (index.py); a tar is scanned for the
-offsets of its members when its window opens, the scan is kept in the user's cache folder, and from
-then on any sample is one seek away: a run resumes at step k without reading what came before. No
-shard is mapped or kept open, and only a window's scans are held.
+details, and pairs.py says which caption is read. A run starts from the number of samples of each
+shard (index.py); a tar is scanned for the offsets of its members when its window opens, the scan is
+kept in the user's cache folder, and from then on any sample is one seek away: a run resumes at step
+k without reading what came before. No shard is mapped or kept open, and only a window's scans are
+held.
 
-An epoch permutes the shards, then the samples inside each window of `window` neighbouring shards,
-so that only so many files are read at a time. A sample that cannot be read, for whatever reason,
-is counted by kind and replaced by the one that stands at the same row of the next batch, and so on:
+sources.py says which sample stands at each place. One that cannot be read, for whatever reason, is
+counted by kind and replaced by the one that stands at the same row of the next batch, and so on:
 the same one on every run.
 """
 
@@ -17,7 +17,9 @@ import contextlib
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,15 +28,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipa_kernels.masking.philox import WINDOW_STREAM
+from clipa_kernels import philox_uniform
+from clipa_kernels.masking.philox import CAPTION_STREAM
 
 from .augment import Augmentation, recolour, sample_draws, shape_draws
-from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice, order
+from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice
 from .cache import Scan, kept_scan
 from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
-from .pairs import Unreadable, captions_of, read_pair
-from .patterns import expand, file_names
+from .pairs import USUAL, Captions, Files, Unreadable, captions_of, drawn_of, read_pair
+from .patterns import Pattern, expand, file_names, sources_of
+from .sources import Order, Place, weights_of
+from .tars import CAPTIONS
 from .tars import samples_of as _scan_tar
 from .text import Tokenizer
 
@@ -46,8 +51,8 @@ def scan(path: Path, cache: Path | None = None) -> np.ndarray:
     """Where the samples of a tar lie. A warning says what is left out of it, each time.
 
     Returns:
-        int64 [n, 5]: offset and size of the image, offset and size of the caption, and 1 where the
-        caption is JSON. A tar that is cut short or broken within gives what is whole.
+        int64 [n, 6]: offset and size of the image, of its .txt and of its .json, size -1 where
+        there is none. A tar that is cut short or broken within gives what is whole.
 
     Raises:
         ValueError: the file is not an uncompressed tar.
@@ -58,10 +63,12 @@ def scan(path: Path, cache: Path | None = None) -> np.ndarray:
     return rows
 
 
-def _scan(path: Path, cache: Path | None) -> tuple[Scan, bool]:
-    """The scan of a tar, and whether the cache holds it."""
+def _scan(path: Path, cache: Path | None, kinds: Sequence[str] = CAPTIONS) -> tuple[Scan, bool]:
+    """The scan of a tar, with captions of some extensions, and whether the cache holds it."""
+    further = () if tuple(kinds) == CAPTIONS else tuple(kinds)
+    find = partial(_scan_tar, kinds=kinds) if further else _scan_tar
     try:
-        return kept_scan(path, _scan_tar, cache)
+        return kept_scan(path, find, cache, further)
     except OSError as error:
         raise ValueError(f"shards: {path} must be a file that can be read, got {error}") from error
 
@@ -70,7 +77,7 @@ class ShardLoader(Dataset):
     """Iterates the batches of tar shards from `start_step` to `steps`; `loader[step]` is any one.
 
     Args:
-        pattern: shard files, as `expand`. tokenizer: the text side.
+        pattern: shard files, as `expand`; "::" divides sources. tokenizer: the text side.
         batch_size: samples of the global batch, over all processes.
         image_size: side of the images in pixels.
         context: tokens of a caption at most, special ones included.
@@ -82,18 +89,23 @@ class ShardLoader(Dataset):
         seed: key of order, crops, colours and masks.
         rank, world_size: which share of the global batch this process takes.
         window: shards whose samples are mixed.
+        mix: weights of the sources, "3::1"; "": as many samples of each as it holds.
+        repeat: whether a source that has a weight and ends begins again before the others end.
+        parts: into how many parts rows and shards are cut; each part of the rows reads its own.
+        captions: which caption of a sample is read.
         workers: processes that make batches; 0 makes them here, `prefetch` ahead by a thread.
         cache: folder for the scans, as load_emoji.
 
     Raises:
-        ValueError: a batch that is empty or does not divide by world_size, a rank outside it, a
-            start after the end, a blend, a missing file, one that is not a tar, no sample in any;
-            while iterating, 100 samples in a row that cannot be read.
+        ValueError: a batch that is empty or does not divide by world_size or parts, a rank outside
+            it, a start after the end, a blend, a missing file, one that is not a tar, no sample in
+            any, not one weight above 0 a source; while iterating, 100 samples in a row that cannot
+            be read.
     """
 
     def __init__(
         self,
-        pattern: str | Path | Sequence[str | Path],
+        pattern: Pattern,
         tokenizer: Tokenizer,
         *,
         batch_size: int,
@@ -110,38 +122,38 @@ class ShardLoader(Dataset):
         rank: int = 0,
         world_size: int = 1,
         window: int = 8,
+        mix: str = "",
+        repeat: bool = False,
+        parts: int = 1,
+        captions: Captions = USUAL,
         workers: int = 0,
         prefetch: int = 2,
         cache: Path | None = None,
     ) -> None:
         self.rows = local_slice(batch_size, rank, world_size, "ShardLoader")
-        if not 0 <= start_step <= steps:
-            raise ValueError(f"ShardLoader: start_step must be in [0, {steps}], got {start_step}")
-        if image_size < 1:
-            raise ValueError(f"ShardLoader: image_size must be at least 1 pixel, got {image_size}")
-        if window < 1 or workers < 0 or prefetch < 0:
-            raise ValueError(
-                "ShardLoader: window must be at least 1, workers and prefetch at least 0, "
-                f"got {window}, {workers}, {prefetch}"
-            )
-        _check_interpolation("ShardLoader", interpolation)
         augmentation = augmentation or Augmentation()
-        if augmentation.blend:
-            raise ValueError(
-                "ShardLoader: augmentation must not blend, as a sample of a shard has one picture, "
-                f"got blend {augmentation.blend}"
-            )
-        self.names, self.cache, self.window = file_names(pattern), cache, window
+        _check(start_step, steps, image_size, window, workers, prefetch, augmentation)
+        _check_interpolation("ShardLoader", interpolation)
+        self.sources = sources_of(pattern)
+        self.names, self.ends = [], []
+        for source in self.sources:
+            self.names += file_names(source)
+            self.ends.append(len(self.names))
+        self.cache, self.window, self.captions = cache, window, captions
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
         self._told: set[int] = set()  # shards whose faults have been told
         self.sizes = self._sizes()
         self.count = int(self.sizes.sum())
-        if self.count == 0:
+        if self.count < batch_size:
             raise ValueError(
-                f"ShardLoader: shards must hold samples (an image and its .txt or .json), got none "
-                f"in {len(self.names)} files, the first {self.names[0]}"
+                f"ShardLoader: shards must hold samples (an image and its .txt or .json), "
+                f"{batch_size} for a batch, got {self.count or 'none'} in {len(self.names)} files, "
+                f"the first {self.names[0]}"
             )
+        how = {"batch_size": batch_size, "seed": seed, "window": window}
+        how |= {"weights": weights_of(mix, len(self.ends)), "repeat": repeat, "parts": parts}
+        self.order = Order(self.sizes, self.ends, **how)
         self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.start_step, self.steps, self.interpolation = start_step, steps, interpolation
@@ -149,8 +161,6 @@ class ShardLoader(Dataset):
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
         self.workers, self.prefetch = workers, prefetch
-        self._mixed: dict[tuple[int, int], np.ndarray] = {}
-        self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -181,19 +191,23 @@ class ShardLoader(Dataset):
         key = {"seed": self.seed, "step": step, "first_sample": first}
         draws = sample_draws(count, **key)
         shapes = shape_draws(count, self.augmentation, **key)
+        keys = self._caption_draws(step)
+        places = [self.order.at(first + row + step * self.batch_size) for row in range(count)]
         for careful in (False, True):
             faults: dict[str, Fault] = {}
             rows = [
                 self._readable(
                     first + row + step * self.batch_size,
+                    places[row],
                     draws[row],
                     None if shapes is None else shapes[row],
+                    keys[row],
                     faults,
                     careful,
                 )
                 for row in range(count)
             ]
-            images, captions = zip(*rows, strict=True)
+            images, captions, shards = zip(*rows, strict=True)
             try:
                 ids, ends, longest = self.tokenizer.encode(captions, **self.text, **key)
                 break
@@ -202,38 +216,34 @@ class ShardLoader(Dataset):
                     raise
         pixels = recolour(torch.stack(images), self.augmentation, **key)
         skipped = sum(fault.count for fault in faults.values())
-        return Batch(pixels, ids, ends, longest, first, skipped, faults)
+        return Batch(pixels, ids, ends, longest, first, skipped, faults, self._by_source(shards))
+
+    def _caption_draws(self, step: int) -> list[float]:
+        """A number in [0, 1) for each row, which chooses its caption's key."""
+        if not self.captions.weights:
+            return [0.0] * len(range(self.batch_size)[self.rows])
+        samples = torch.arange(self.rows.start, self.rows.stop)
+        return philox_uniform(self.seed, step, samples, 1, stream=CAPTION_STREAM)[:, 0].tolist()
+
+    def _by_source(self, shards: Sequence[int]) -> dict[str, int]:
+        """How many of some shards are of each source; nothing where there is one source."""
+        if len(self.ends) == 1:
+            return {}
+        found = np.searchsorted(self.ends, shards, "right").tolist()
+        names = [str(source) for source in self.sources]
+        return dict.fromkeys(names, 0) | Counter(names[place] for place in found)
 
     def locate(self, place: int) -> tuple[int, int]:
-        """Shard and row in it of the sample at a place of the endless stream of epochs."""
-        epoch, place = divmod(place, self.count)
-        shards, ends = self._epoch(epoch)
-        window = int(ends.searchsorted(place, "right")) // self.window
-        first = window * self.window
-        start = int(ends[first - 1]) if first else 0
-        end = int(ends[min(first + self.window, len(ends)) - 1])
-        at = start + int(self._permuted(epoch, window, end - start)[place - start])
-        shard = int(ends.searchsorted(at, "right"))
-        return int(shards[shard]), at - (int(ends[shard - 1]) if shard else 0)
+        """Shard and row in it of the sample at a place of the endless stream of batches."""
+        return self.order.at(place)[:2]
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of an epoch's shards, and where each ends in the epoch's row of samples."""
-        if epoch not in self._ends:
-            while len(self._ends) > 1:
-                self._ends.pop(next(iter(self._ends)), None)
-            shards = self._permuted(epoch, -1, len(self.names))
-            self._ends[epoch] = shards, self.sizes[shards].cumsum()
-        return self._ends[epoch]
-
-    def _permuted(self, epoch: int, window: int, count: int) -> np.ndarray:
-        """The order of an epoch's shards (window -1) or of a window's samples; a few are kept."""
-        key = (epoch, window)
-        if key not in self._mixed:
-            while len(self._mixed) > 6:
-                self._mixed.pop(next(iter(self._mixed)), None)
-            stream = WINDOW_STREAM + (window + 1) % 2**15
-            self._mixed[key] = order(self.seed, epoch, count, stream=stream).numpy()
-        return self._mixed[key]
+    def source_that_ends(self) -> tuple[str, int] | None:
+        """The source that ends before the others and before `steps`, and the step of its end."""
+        if self.order.weights is None or self.order.repeat:
+            return None
+        source, place = self.order.mix(0).first_end()
+        step = place // (self.batch_size // self.order.parts)
+        return (str(self.sources[source]), step) if step < self.steps else None
 
     def _sizes(self) -> np.ndarray:
         """Samples of each shard; those that no table knows are counted, and told what they lack."""
@@ -245,7 +255,7 @@ class ShardLoader(Dataset):
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
         """A shard's scan; `said` gains what is left out of the shard."""
-        (rows, sentences), kept = _scan(Path(self.names[shard]), self.cache)
+        (rows, sentences), kept = _scan(Path(self.names[shard]), self.cache, self.captions.kinds)
         said += sentences
         self._told.add(shard)
         if not kept:
@@ -256,9 +266,9 @@ class ShardLoader(Dataset):
         if shard in self._held:
             return self._held[shard]
         if shard not in self._scans:
-            while len(self._scans) >= 2 * self.window:
+            while len(self._scans) >= 2 * self.window * self.order.streams:
                 self._scans.pop(next(iter(self._scans)), None)
-            (rows, said), _ = _scan(Path(self.names[shard]), self.cache)
+            (rows, said), _ = _scan(Path(self.names[shard]), self.cache, self.captions.kinds)
             self._scans[shard] = rows
             if len(rows) != self.sizes[shard]:
                 size, held = int(self.sizes[shard]), len(rows)
@@ -272,12 +282,17 @@ class ShardLoader(Dataset):
     def _readable(
         self,
         place: int,
+        at: Place,
         draws: Tensor,
         shapes: Tensor | None,
+        key: float,
         faults: dict[str, Fault],
         careful: bool,
-    ) -> tuple[Tensor, str]:
-        """The first readable sample at this row of this and the next batches; counts the others."""
+    ) -> tuple[Tensor, str, int]:
+        """The first readable sample at this row of this and the next batches; counts the others.
+
+        Returns its image, its caption, and its shard.
+        """
 
         def decode(data: bytes) -> Tensor:
             how = self.augmentation, self.interpolation, shapes
@@ -285,34 +300,60 @@ class ShardLoader(Dataset):
 
         for _ in range(_TRIES):
             try:
-                return self._sample(place, decode, careful)
+                return *self._sample(at, decode, key, careful), at.shard
             except Unreadable as error:
                 faults.update(add_faults(faults, {error.kind: Fault(1, str(error))}))
                 last, place = error, place + self.batch_size
+                at = self.order.at(place)
         raise ValueError(
             f"ShardLoader: one of {_TRIES} samples in a row must be readable, got none; {last}"
         )
 
     def _sample(
-        self, place: int, decode: Callable[[bytes], Tensor], careful: bool
+        self, at: Place, decode: Callable[[bytes], Tensor], key: float, careful: bool
     ) -> tuple[Tensor, str]:
-        shard, row = self.locate(place)
-        path = Path(self.names[shard])
+        path, row = Path(self.names[at.shard]), at.row
         try:
-            rows = self._scan_of(shard)
+            rows = self._scan_of(at.shard)
             if row >= len(rows):
-                raise ValueError(f"must hold {int(self.sizes[shard])} samples, got {len(rows)}")
+                raise ValueError(f"must hold {int(self.sizes[at.shard])} samples, got {len(rows)}")
             places = rows[row].tolist()
             with open(path, "rb") as file:
-                image, caption = read_pair(file, path, places, decode)
+                pair = read_pair(file, path, places, decode, captions=self.captions, draw=key)
         except (ValueError, IndexError, OSError) as error:  # the shard is gone or another
             raise Unreadable("shard", f"{path}: {error}") from error
         if careful:
             try:
-                self.tokenizer.encode([caption], **self.text)
+                self.tokenizer.encode([pair[1]], **self.text)
             except Exception as error:
-                raise Unreadable("caption", f"{path}, {caption[:40]!r}: {error}") from error
-        return image, caption
+                raise Unreadable("caption", f"{path}, {pair[1][:40]!r}: {error}") from error
+        return pair
+
+
+def _check(
+    start_step: int,
+    steps: int,
+    image_size: int,
+    window: int,
+    workers: int,
+    prefetch: int,
+    augmentation: Augmentation,
+) -> None:
+    """ValueError unless a loader can be made of these."""
+    if not 0 <= start_step <= steps:
+        raise ValueError(f"ShardLoader: start_step must be in [0, {steps}], got {start_step}")
+    if image_size < 1:
+        raise ValueError(f"ShardLoader: image_size must be at least 1 pixel, got {image_size}")
+    if window < 1 or workers < 0 or prefetch < 0:
+        raise ValueError(
+            "ShardLoader: window must be at least 1, workers and prefetch at least 0, "
+            f"got {window}, {workers}, {prefetch}"
+        )
+    if augmentation.blend:
+        raise ValueError(
+            "ShardLoader: augmentation must not blend, as a sample of a shard has one picture, "
+            f"got blend {augmentation.blend}"
+        )
 
 
 def _warn(said: list[str]) -> None:
@@ -330,22 +371,52 @@ def _one_thread(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def first_captions(pattern: str | Path | Sequence[str | Path], count: int = 100_000) -> list[str]:
-    """Captions of the first samples, those that can be read: what a tokenizer may be trained on."""
-    captions = []
-    for file, path, row in _first_rows(pattern, count):
+def first_captions(
+    pattern: Pattern,
+    count: int = 100_000,
+    captions: Captions = USUAL,
+) -> list[str]:
+    """Captions of the first samples, those that can be read: what a tokenizer may be trained on.
+
+    Where captions are drawn by weight, those of all keys.
+    """
+    found: list[str] = []
+    for file, path, row in _first_rows(pattern, count, captions.kinds):
         with contextlib.suppress(Unreadable):
-            captions.append(read_pair(file, path, row)[1])
-    return captions
+            if captions.weights:
+                found += read_pair(file, path, row, read=drawn_of, captions=captions)[1]
+            else:
+                found.append(read_pair(file, path, row, captions=captions)[1])
+    return found
+
+
+def check_captions(pattern: str, captions: Captions, count: int = 1000) -> None:
+    """ValueError unless each caption key is in one of a source's first samples."""
+    missing, there = dict.fromkeys(captions.keys), set()
+    for source in sources_of(pattern):
+        for file, _, row in _first_rows(source, count, captions.kinds):
+            files = Files(file, row, captions.kinds)
+            with contextlib.suppress(ValueError, OSError):  # a broken sample's own fault
+                there |= files.keys
+                for key in [key for key in missing if files.found(key) is not None]:
+                    del missing[key]
+            if not missing:
+                return
+    if there:
+        raise ValueError(
+            f"shards: captions must be keys of one of the first {count} samples, got "
+            f"{', '.join(missing)}; these have {', '.join(sorted(there))}"
+        )
 
 
 def read_pairs(
-    pattern: str | Path | Sequence[str | Path],
+    pattern: Pattern,
     size: int,
     count: int = 10_000,
     *,
     squash: bool = False,
     interpolation: str = "bilinear",
+    captions: Captions = USUAL,
 ) -> tuple[Tensor, list[list[str]], int]:
     """The first samples of shards for retrieval, images as `decode_square` makes them.
 
@@ -357,7 +428,7 @@ def read_pairs(
         could not be read: a warning says why, by kind.
     """
     images: list[Tensor] = []
-    captions: list[list[str]] = []
+    found: list[list[str]] = []
     places: dict[bytes, int] = {}
     faults: dict[str, Fault] = {}
 
@@ -365,29 +436,31 @@ def read_pairs(
         name = hashlib.sha256(data).digest()
         if name not in places:
             images.append(decode_square(data, size, squash=squash, interpolation=interpolation))
-            captions.append([])
+            found.append([])
             places[name] = len(places)
         return places[name]
 
-    for file, path, row in _first_rows(pattern, count):
+    for file, path, row in _first_rows(pattern, count, captions.kinds):
         try:
-            place, texts = read_pair(file, path, row, place_of, captions_of)
-            captions[place] += texts
+            place, texts = read_pair(file, path, row, place_of, captions_of, captions)
+            found[place] += texts
         except Unreadable as error:
             faults = add_faults(faults, {error.kind: Fault(1, str(error))})
     if faults:
         warnings.warn(f"shards: samples are left out: {describe_faults(faults)}", stacklevel=2)
     empty = torch.zeros(0, size, size, 3, dtype=torch.uint8)
     skipped = sum(fault.count for fault in faults.values())
-    return torch.stack(images) if images else empty, captions, skipped
+    return torch.stack(images) if images else empty, found, skipped
 
 
 def _first_rows(
-    pattern: str | Path | Sequence[str | Path], count: int
+    pattern: Pattern, count: int, kinds: Sequence[str]
 ) -> Iterator[tuple[BinaryIO, Path, list[int]]]:
     """An open shard, its path and a row of its scan, for the first `count` samples in order."""
     for path in expand(pattern):
-        rows = scan(path)[:count].tolist()
+        (found, said), _ = _scan(path, None, kinds)
+        _warn(said)
+        rows = found[:count].tolist()
         count -= len(rows)
         with open(path, "rb") as file:
             yield from ((file, path, row) for row in rows)

@@ -12,7 +12,7 @@ import io
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,8 +28,11 @@ _Lost = dict[str, list[str]]  # what is left out: of each kind, where
 _Parts = dict[str, tuple[int, int] | None]  # a sample's files by extension: offset and size
 
 
-def samples_of(path: Path) -> tuple[np.ndarray, list[str]]:
+def samples_of(path: Path, kinds: Sequence[str] = CAPTIONS) -> tuple[np.ndarray, list[str]]:
     """The rows of `scan` for one tar, and a sentence for each kind of thing that is left out.
+
+    Args:
+        kinds: extensions of captions.
 
     Raises:
         ValueError: the file is not an uncompressed tar. OSError: it cannot be read.
@@ -69,13 +72,13 @@ def samples_of(path: Path) -> tuple[np.ndarray, list[str]]:
         raise ValueError(f"shards: {path} must be an uncompressed tar, got one that {_told(lost)}")
     _follow(links, places, lost)
     for name, parts in samples:
-        image, caption = (any(map(parts.__contains__, kinds)) for kinds in (IMAGES, CAPTIONS))
+        image, caption = (any(map(parts.__contains__, each)) for each in (IMAGES, kinds))
         if image != caption:
             kind = "images without a caption" if image else "captions without an image"
             lost.setdefault(f"has {kind}", []).append(name)
-    rows = [row for _, parts in samples if (row := _row(parts, end))]
+    rows = [row for _, parts in samples if (row := _row(parts, end, kinds))]
     said = [f"shards: {path} {_told({kind: where})}" for kind, where in lost.items()]
-    return np.array(rows, dtype=np.int64).reshape(-1, 5), said
+    return np.array(rows, dtype=np.int64).reshape(-1, 2 + 2 * len(kinds)), said
 
 
 def member_name(file: BinaryIO, at: int) -> str:
@@ -163,13 +166,13 @@ def _follow(
         links = left
 
 
-def _row(parts: _Parts, end: int) -> tuple[int, ...] | None:
-    """The row of a sample that is whole: an image and a caption, neither cut off."""
+def _row(parts: _Parts, end: int, kinds: Sequence[str]) -> tuple[int, ...] | None:
+    """The row of a sample with an image and at least one caption that are not cut off."""
     image = next((parts[name] for name in IMAGES if parts.get(name)), None)
-    kind = next((name for name in CAPTIONS if parts.get(name)), None)
-    if image and kind and sum(image) <= end and sum(parts[kind]) <= end:
-        return (*image, *parts[kind], int(kind == "json"))
-    return None
+    whole = [place if (place := parts.get(kind)) and sum(place) <= end else None for kind in kinds]
+    if image is None or sum(image) > end or not any(whole):
+        return None
+    return sum((place or (0, -1) for place in whole), image)
 
 
 def _told(lost: _Lost) -> str:

@@ -110,4 +110,4 @@ def test_the_scan_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     assert np.array_equal(scan(path, tmp_path), rows)
     with tarfile.open(path, "w"):
         pass
-    assert scan(path, tmp_path).shape == (0, 5)
+    assert scan(path, tmp_path).shape == (0, 6)

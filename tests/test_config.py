@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from configs import changed
 
+from data.pairs import Captions
 from training import config as config_module
 from training import distributed
 from training.config import (
@@ -467,7 +468,35 @@ def test_flags_of_the_embedded_set_are_refused_with_shards(tmp_path):
     shards = changed(demo, data__source="pairs/{0..9}.tar")
     validate(shards)  # what a preset brings is no wish of a user's
     validate(changed(shards, augment__rotate=45.0, augment__warp=0.3, augment__blend=0.0))
-    for name, value in {"augment.blend": 0.5, "data.captions": "all"}.items():
-        with pytest.raises(ValueError, match=f"config: {name} must be left alone"):
-            validate(changed(shards, **{spelled(name): value}))
-        validate(changed(demo, **{spelled(name): value}))
+    with pytest.raises(ValueError, match="config: augment.blend must be left alone"):
+        validate(changed(shards, augment__blend=0.5))
+    validate(changed(demo, augment__blend=0.5, data__captions="all"))
+    assert shards.caption_keys == Captions()
+    assert changed(shards, data__captions="all").caption_keys.keys == ("all",)
+
+
+def test_flags_of_shards_are_refused_with_the_embedded_set(tmp_path):
+    demo = changed(preset("emoji"), run__output=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data.captions must be one of names, words, all"):
+        validate(changed(demo, data__captions="caption;synthetic"))
+    wrong = {"caption_weights": "1;3", "mix": "1::1", "repeat": True, "parts": 2}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"data.{name} must be left alone unless data is sh"):
+            validate(changed(demo, **{f"data__{name}": value}))
+
+
+def test_flags_of_shards_are_checked_before_any_work(tmp_path):
+    demo = changed(preset("emoji"), run__output=str(tmp_path))
+    shards = changed(demo, data__source="a/{0..9}.tar::b.tar")
+    validate(changed(shards, data__mix="3::0.5", data__captions="a;b", data__caption_weights="1;3"))
+    for mix in ("3", "3::1::1", "3::0", "3::-1", "3::x", "3::nan", "::", "1::1/0"):
+        with pytest.raises(ValueError, match=r"mix must hold a weight above 0 for each of the 2"):
+            validate(changed(shards, data__mix=mix))
+    for weights in ("1", "1;2;3", "0;0", "1;-1", "1;x", "nan;1", ";"):
+        with pytest.raises(ValueError, match=r"captions: weights must be"):
+            validate(changed(shards, data__captions="a;b", data__caption_weights=weights))
+    for keys in ("a;a", "a;", ";"):
+        with pytest.raises(ValueError, match=r"captions: keys must be words, each once"):
+            validate(changed(shards, data__captions=keys))
+    with pytest.raises(ValueError, match=r"short.batch_size must be a multiple of data.parts 3"):
+        validate(changed(shards, data__parts=3))

@@ -213,6 +213,15 @@ def check_errors(rank, size, rows):
         expect(ValueError, says, function, *shorter, scale, **how)
         narrow = [t[:, 1:] if last else t for t in (image, text)]
         expect(ValueError, f"got {rows}x11 on rank {size - 1}, ", function, *narrow, scale, **how)
+        half = [t.half() if last else t for t in (image, text)]
+        says = f"of one dtype, got torch.float16 on rank {size - 1}, torch.float32 on rank 0"
+        expect(ValueError, says, function, *half, scale, **how)
+        impls = dict(how, impl="reference" if last else "torch")
+        says = f"compute by one impl, got reference on rank {size - 1}, torch on rank 0"
+        expect(ValueError, says, function, image, text, scale, **impls)
+        impls = dict(how, impl="unknown" if last else "torch")
+        error, says = (ValueError, "impl must be") if last else (RuntimeError, f"rank {size - 1}")
+        expect(error, says, function, image, text, scale, **impls)
         none = [t[:0] if last else t for t in (image, text)]
         says = f"got 0x12 on rank {size - 1}, {rows}x12 on rank 0"
         expect(ValueError, says, function, *none, scale, **how)

@@ -62,6 +62,10 @@ SHORT = {
     'torchrun --nproc_per_node 8 train.py --preset clipa-v1-b16 --data "shards/{0000..0999}.tar" '
     "--output runs/b16": "-m torch.distributed.run --standalone --nproc_per_node 2 train.py "
     '--preset clipa-v1-b16 --data "{folder}/{{0000..0001}}.tar" {flags}',
+    'python train.py --data "laion/{0000..0099}.tar::cc12m/{0000..0031}.tar" --mix 3::1 '
+    '--captions "caption;synthetic" --caption-weights "1;3" --output runs/mixed': "train.py "
+    '--data "{folder}/0000.tar::{folder}/0001.tar" --mix 3::1 --captions "caption;synthetic" '
+    '--caption-weights "1;3" {flags}',
     "python -m data.write photos shards": "-m data.write {folder}/photos {folder}/written",
     'python -m data.index "shards/{00000..41407}.tar"': "-m data.index "
     '"{folder}/{{0000..0001}}.tar"',
@@ -120,7 +124,9 @@ def trained(tmp_path_factory):
             for number in range(20 * shard, 20 * shard + 20):
                 picture = io.BytesIO()
                 Image.new("RGB", (40, 40), (6 * number, 255 - 6 * number, 90)).save(picture, "PNG")
-                for name, data in (("png", picture.getvalue()), ("txt", b"colour %d" % number)):
+                told = b'{"caption": "colour %d", "synthetic": "shade %d"}' % (number, number)
+                files = {"png": picture.getvalue(), "txt": b"colour %d" % number, "json": told}
+                for name, data in files.items():
                     (folder / "photos" / f"{number}.{name}").write_bytes(data)
                     member = tarfile.TarInfo(f"{number}.{name}")
                     member.size = len(data)

@@ -14,8 +14,10 @@ import torch.multiprocessing as mp
 from test_batches import same
 from test_shards import shard_loader
 
+from clipa_kernels.masking.philox import WINDOW_STREAM
 from data import index
 from data import shards as shards_module
+from data.batches import order
 from data.index import TABLE, known_sizes, main, read_table
 from data.shards import ShardLoader, expand
 from training import build, distributed
@@ -154,11 +156,11 @@ def test_places_are_those_of_a_search_without_tables(numbers, copies, tmp_path):
         paths, numbers, batch_size=1, image_size=8, context=8, steps=1, window=3, cache=tmp_path
     )
     for epoch in range(3):
-        order = loader._permuted(epoch, -1, 20)
-        ends = sizes[order].cumsum(0)
+        dealt = order(loader.seed, epoch, 20, stream=WINDOW_STREAM).numpy()
+        ends = sizes[dealt].cumsum(0)
         found = [loader.locate(epoch * loader.count + place) for place in range(loader.count)]
         assert sorted(found) == [(s, r) for s in range(20) for r in range(sizes[s])]
-        slots = {int(shard): slot // 3 for slot, shard in enumerate(order)}
+        slots = {int(shard): slot // 3 for slot, shard in enumerate(dealt)}
         windows = [slots[shard] for shard, _ in found]
         assert windows == sorted(windows) and int(ends[-1]) == len(found)
     assert np.all(known_sizes(paths) == sizes.numpy())

@@ -99,6 +99,25 @@ def test_shards_resume_and_split_over_ranks(shards, numbers, tmp_path, workers):
         assert all(torch.equal(a, b) for a, b in zip(joined(shares), joined([batch]), strict=True))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_parts_give_the_same_batches_and_each_rank_reads_its_own(shards, numbers, tmp_path, ranks):
+    how = {"parts": 4, "batch_size": 8, "window": 1}
+    whole = shard_loader(f"{shards}/*.tar", numbers, tmp_path, **how)
+    members = [
+        shard_loader(f"{shards}/*.tar", numbers, tmp_path, rank=rank, world_size=ranks, **how)
+        for rank in range(ranks)
+    ]
+    read = [set() for _ in members]
+    for step in range(9):
+        parts = [member[step] for member in members]
+        assert all(
+            torch.equal(a, b) for a, b in zip(joined(parts), joined([whole[step]]), strict=True)
+        )
+        for rank, part in enumerate(parts):
+            read[rank] |= set(shown(part, numbers))
+    assert sum(map(len, read)) == len(set().union(*read)) == 35
+
+
 @pytest.fixture
 def bad_shard(tmp_path) -> Path:
     """Seven samples that cannot be read: three by their image, four by their caption."""
@@ -150,7 +169,7 @@ def test_a_shard_of_bad_samples_alone_ends_the_run(numbers, tmp_path):
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         add(tar, "0.png", b"no image")
         add(tar, "0.txt", b"number 1")
-    loader = shard_loader(tmp_path / "bad.tar", numbers, tmp_path)
+    loader = shard_loader(tmp_path / "bad.tar", numbers, tmp_path, batch_size=1)
     sentence = (
         r"one of 100 samples in a row must be readable, got none; \S*bad.tar, 0.png: .* whole"
     )
@@ -166,7 +185,7 @@ def test_a_shard_cut_short_gives_its_whole_samples(shards, numbers, tmp_path):
     data = (shards / "00.tar").read_bytes()
     path = tmp_path / "cut.tar"
     rows = scan(shards / "00.tar", tmp_path)
-    assert rows.shape == (7, 5)
+    assert rows.shape == (7, 6)
     path.write_bytes(data[: rows[3, 0] + 20])  # within the fourth image
     with pytest.warns(UserWarning, match="is cut short"):
         cut = scan(path, tmp_path)

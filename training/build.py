@@ -53,7 +53,10 @@ def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, To
         return pairs, clip_bpe()
     if config.data.tokenizer != "wordpiece":
         return pairs, load_tokenizer(config.data.tokenizer)
-    captions = pairs.training_captions() if pairs else first_captions(config.data.source)
+    if pairs:
+        captions = pairs.training_captions()
+    else:
+        captions = first_captions(config.data.source, captions=config.caption_keys)
     return pairs, Tokenizer(train_wordpiece(captions, config.data.vocab_size, start=False))
 
 
@@ -110,15 +113,23 @@ def open_batches(
         common |= dict(prefetch=0 if world.device.type == "cpu" else 2)
         forms = CAPTIONS[config.data.captions][0]
         return EmojiLoader(pairs, tokenizer, forms=forms, augmentation=config.augment, **common)
-    return ShardLoader(
+    loader = ShardLoader(
         config.data.source,
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
         interpolation=config.dialect.interpolation,
         max_pixels=config.data.max_pixels,
+        captions=config.caption_keys,
+        mix=config.data.mix,
+        repeat=config.data.repeat,
+        parts=config.data.parts,
         workers=config.data.workers,
         **common,
     )
+    if ends := loader.source_that_ends():
+        rest = "begins again when all have ended, or at once with --data.repeat"
+        world.print(f"{ends[0]} ends at step {ends[1]}; it {rest}")
+    return loader
 
 
 def to_device(

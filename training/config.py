@@ -20,8 +20,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data.augment import Augmentation
+from data.emoji import CAPTIONS
 from data.files import read_text
 from data.images import MAX_PIXELS
+from data.pairs import Captions
+from data.patterns import sources_of
+from data.sources import weights_of
 from models import DIALECTS, SIZES, Dialect
 
 from .presets import PRESETS
@@ -53,10 +57,18 @@ class DataPart:
     """Pairs of images and captions."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "emoji"
-    """"emoji" (ships with pip) or local shards, "pairs/{0000..0099}.tar" """
+    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar"; "a.tar::b.tar": two sources"""
     tokenizer: str = "wordpiece"  # trained on the captions; "clip"; or a tokenizers.json, vocab.txt
     vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
-    captions: Literal["names", "words", "all"] = "names"  # embedded set: data.emoji.CAPTIONS
+    captions: Annotated[str, tyro.conf.arg(aliases=["--captions"])] = "names"
+    """embedded set: names, words or all; shards: keys "caption;synthetic" of the .json, or further
+    extensions; left alone: the .txt, else the .json's "caption" """
+    caption_weights: Annotated[str, tyro.conf.arg(aliases=["--caption-weights"])] = ""
+    """how often each key is drawn, "1;3"; empty: the first that a sample has"""
+    mix: Annotated[str, tyro.conf.arg(aliases=["--mix"])] = ""
+    """weights of the sources, "3::1"; empty: as many samples of each as it holds"""
+    repeat: bool = False  # with a mix: a source that ends begins again before the others end
+    parts: int = 1  # of a batch and of the shards; with as many as nodes each reads its own alone
     workers: int = 0  # processes that decode images; 0: threads of this one
     max_pixels: int = MAX_PIXELS  # of an image file; a larger one is skipped before it is decoded
 
@@ -136,6 +148,13 @@ class Config:
     def dialect(self) -> Dialect:
         """All that the recipe fixes."""
         return DIALECTS[self.model.dialect]
+
+    @property
+    def caption_keys(self) -> Captions:
+        """Which caption of a shard's sample is read; the embedded set's words choose none."""
+        own = (DataPart.captions, preset(self.preset).data.captions)
+        keys = "" if self.data.captions in own else self.data.captions
+        return Captions.parse(keys, self.data.caption_weights)
 
     @property
     def running(self) -> list[str]:
@@ -280,6 +299,7 @@ _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
     "data.max_pixels": "[1, 178956970]",  # above it Pillow refuses by itself
+    "data.parts": "[1, 65536]",
     "model.patch_size": "[1, 1024]",
     "model.init_scale": "(0, 1e6]",
     "model.init_bias": "[-1e6, 1e6]",
@@ -321,11 +341,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _require(bool(config.running), "one of the stages", "have steps", "none")
     for name in config.running:
         _check_stage(config, name, world_size)
-    recipe = preset(config.preset)
-    if config.data.source != "emoji":  # shards have one caption and one picture a sample
-        for name in ("augment.blend", "data.captions"):
-            value, known = flat(config)[name], (flat(Config())[name], flat(recipe)[name])
-            _require(value in known, name, 'be left alone unless data is "emoji"', repr(value))
+    _check_data(config)
     _check_files(config)
 
 
@@ -376,12 +392,31 @@ def _check_stage(config: Config, name: str, world_size: int) -> None:
 
     require(stage.image_size % patch == 0, "image_size", f"be a multiple of patch_size {patch}")
     require(stage.image_size <= 256 * patch, "image_size", "be at most 256 patches a side")
+    cut = config.data.parts
+    require(stage.batch_size % cut == 0, "batch_size", f"be a multiple of data.parts {cut}")
     parts = world_size * stage.accumulate
     must = f"be a multiple of {world_size} processes x {stage.accumulate} parts"
     require(stage.batch_size % parts == 0, "batch_size", must)
     require(stage.warmup <= stage.steps, "warmup", f"be at most steps {stage.steps}")
     unused = stage.image_mask in ("none", "grid") and stage.image_drop > 0
     require(not unused, "image_drop", f"be 0 with image_mask {stage.image_mask}")
+
+
+def _check_data(config: Config) -> None:
+    """ValueError unless the flags of data fit its kind."""
+    data = config.data
+    if data.source == "emoji":
+        must = f"be one of {', '.join(CAPTIONS)} unless data is shards"
+        _require(data.captions in CAPTIONS, "data.captions", must, repr(data.captions))
+        for name in ("caption_weights", "mix", "repeat", "parts"):
+            value, known = getattr(data, name), getattr(DataPart, name)
+            _require(value == known, f"data.{name}", "be left alone unless data is shards", value)
+        return
+    # A sample of a shard has one picture; what a preset brings is no wish of a user's.
+    blend, known = config.augment.blend, (0.0, preset(config.preset).augment.blend)
+    _require(blend in known, "augment.blend", 'be left alone unless data is "emoji"', blend)
+    _ = config.caption_keys
+    weights_of(data.mix, len(sources_of(data.source)))
 
 
 def _check_files(config: Config) -> None:

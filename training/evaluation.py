@@ -7,6 +7,7 @@ Pictures from files are resized as the model's dialect says.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from clipa_kernels import Packed
 from data.augment import resize
 from data.emoji import PROMPTS, EmojiPairs
 from data.folders import class_names, read_folder
+from data.pairs import USUAL, Captions
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
@@ -149,11 +151,13 @@ def _resizing(model: CLIP) -> dict[str, int | bool | str]:
     return dict(size=size, squash=squash, interpolation=interpolation)
 
 
-def check_sets(images: str = "", shards: str = "") -> None:
+def check_sets(images: str = "", shards: str = "", captions: Captions = USUAL) -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first."""
     if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
         raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
-    if shards and not any(read_pairs(shards, 8, count)[1] for count in (1, 10_000)):
+    if shards and not any(
+        read_pairs(shards, 8, count, captions=captions)[1] for count in (1, 10_000)
+    ):
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
 
 
@@ -184,17 +188,18 @@ def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
     return figures | {"skipped": skipped}
 
 
-def evaluate_shards(encoder: Encoder, pattern: str) -> dict[str, float]:
+def evaluate_shards(encoder: Encoder, pattern: str, captions: Captions = USUAL) -> dict[str, float]:
     """Retrieval figures on the pictures of tar shards, each with all of its captions.
 
     A caption that several pictures have is one text, found if any of them is. n counts pictures.
     """
-    images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
-    if not captions:
+    how = _resizing(encoder.model)
+    images, found, skipped = read_pairs(pattern, **how, captions=captions)
+    if not found:
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
-    texts = list(dict.fromkeys(text for one in captions for text in one))
+    texts = list(dict.fromkeys(text for one in found for text in one))
     places = {text: place for place, text in enumerate(texts)}
-    pairs = {(image, places[text]) for image, one in enumerate(captions) for text in one}
+    pairs = {(image, places[text]) for image, one in enumerate(found) for text in one}
     figures = retrieval(encoder.images(images), encoder.texts(texts), torch.tensor(sorted(pairs)))
     chance = len(pairs) / (len(images) * len(texts))
     return figures | {"n": len(images), "chance": chance, "skipped": skipped}
@@ -206,6 +211,7 @@ def evaluate(
     prompts: Sequence[str] = PROMPTS,
     images: str = "",
     shards: str = "",
+    captions: Captions = USUAL,
 ) -> tuple[dict[str, dict], dict]:
     """(figures of each set, pictures to show with the names chosen) of all that is asked for."""
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
@@ -214,7 +220,7 @@ def evaluate(
         results, shown = evaluate_emoji(encoder, pairs, prompts)
     for kind, path, figures in (
         ("images", images, evaluate_folder),
-        ("shards", shards, evaluate_shards),
+        ("shards", shards, partial(evaluate_shards, captions=captions)),
     ):
         if path:  # whose name may hold bytes that are no text
             name = Path(path).name.encode(errors="backslashreplace").decode()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from data.batches import Batch, Fault
-from data.emoji import CAPTIONS, EmojiPairs
+from data.batches import Batch, Tally
+from data.emoji import EmojiPairs, prompts_of
 from data.text import Tokenizer
 from models import CLIP, forward_flops
 
@@ -97,9 +97,13 @@ def log_step(
     meter: report.Meter,
     batch: Batch,
     model: CLIP,
-    faults: dict[str, Fault],
+    tally: Tally,
 ) -> dict[str, float | dict | None]:
-    """Read a step's values from the device, refuse a loss that is not finite, write the line."""
+    """Read a step's values from the device, refuse a loss that is not finite, write the line.
+
+    Args:
+        tally: of this process's batches since the last line; the line has all processes' counts.
+    """
     loss = run.world.mean(values["loss"]).item()
     if not math.isfinite(loss):
         raise checkpoint.not_finite(
@@ -118,9 +122,7 @@ def log_step(
         "scale": values["scale"].item(),
         "grad_norm": values["grad_norm"].item(),
         **rates,
-        "skipped": batch.skipped,
-        # Of this process since the last line.
-        "skipped_by_kind": {kind: fault.count for kind, fault in faults.items()},
+        **counted(run.world, batch.skipped, tally),
         "peak_memory_bytes": report.peak_memory(run.world.device),
     }
     if run.log is not None:
@@ -128,13 +130,25 @@ def log_step(
     return row
 
 
+def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[str, int]]:
+    """Samples skipped so far, by kind since the last line, and samples by source if several."""
+    kinds, sources = tally.counts()
+    values = [skipped, *kinds.values(), *sources.values()]
+    total, *values = world.sum(torch.tensor(values)).tolist()
+    by_kind = {kind: n for kind, n in zip(kinds, values, strict=False) if n}
+    by_source = dict(zip(sources, values[len(kinds) :], strict=True))
+    row = {"skipped": total, "skipped_by_kind": by_kind}
+    return row | ({"samples_by_source": by_source} if by_source else {})
+
+
 def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
     """Figures of each split after a stage; keeps the pictures for the report."""
     dtype = autocast_dtype(run.config.run.precision, run.world.device)
     encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype)
     began = time.perf_counter()
-    extra = (run.config.run.eval_images, run.config.run.eval_shards)
-    prompts = CAPTIONS[run.config.data.captions][1]
+    captions = run.config.caption_keys.for_retrieval()
+    extra = (run.config.run.eval_images, run.config.run.eval_shards, captions)
+    prompts = prompts_of(run.config.data.captions)
     figures, run.shown = evaluate(encoder, run.pairs, prompts, *extra)
     run.metrics["seconds"][f"{stage} evaluation"] = time.perf_counter() - began
     return figures

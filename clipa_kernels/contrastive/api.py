@@ -21,17 +21,16 @@ from .. import check
 from ..check import describe
 from . import ops, plain
 from .distributed import (
+    IMPLS,
     GroupContrastive,
     GroupSigmoid,
     gather_rows,
     rank_and_size,
-    require_same_shape,
+    require_alike,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_IMPLS = ("triton", "torch", "reference")
 
 
 def contrastive_loss_reference(
@@ -114,9 +113,8 @@ def contrastive_loss(
     True
     """
     name = "contrastive_loss"
-    image, text, *scalars = _checked(name, image, text, logit_scale, logit_bias, group)
-    logit_scale, logit_bias = scalars
-    impl = check.choose_impl(name, impl, _IMPLS, image)
+    checked, impl = _checked(name, image, text, logit_scale, logit_bias, group, impl)
+    image, text, logit_scale, logit_bias = checked
     if impl == "reference":
         loss = contrastive_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(plain.compute_dtype(image))
@@ -152,9 +150,8 @@ def sigmoid_loss(
     0.0269
     """
     name = "sigmoid_loss"
-    image, text, *scalars = _checked(name, image, text, logit_scale, logit_bias, group)
-    logit_scale, logit_bias = scalars
-    impl = check.choose_impl(name, impl, _IMPLS, image)
+    checked, impl = _checked(name, image, text, logit_scale, logit_bias, group, impl)
+    image, text, logit_scale, logit_bias = checked
     if impl == "reference":
         loss = sigmoid_loss_reference(image, text, logit_scale, logit_bias, group=group)
         return loss.to(plain.compute_dtype(image))
@@ -169,19 +166,22 @@ def sigmoid_loss(
     return ops.sigmoid_loss(image, text, scale, bias, wanted, *pairs, kernels)[0]
 
 
-def _checked(name, image, text, logit_scale, logit_bias, group) -> tuple[Tensor | None, ...]:
-    """The features, cast where autocast is on, and the scalars as tensors. Over a group, an error
-    of one process is raised on all, so that none waits for the others."""
-    error = None
+def _checked(
+    name, image, text, logit_scale, logit_bias, group, impl
+) -> tuple[tuple[Tensor | None, ...], str]:
+    """The features, cast where autocast is on, and the scalars as tensors; and the impl. Over a
+    group, an error of one process is raised on all, so that none waits for the others."""
+    error, checked = None, (image,)
     try:
         checked = _check(name, image, text, logit_scale, logit_bias)
-    except (TypeError, ValueError) as caught:
-        error, checked = caught, (image,)
+        impl = check.choose_impl(name, impl, IMPLS, checked[0])
+    except (TypeError, ValueError, RuntimeError) as caught:
+        error, impl = caught, IMPLS[0]
     if group is not None:
-        require_same_shape(name, checked[0], error, group)
+        require_alike(name, checked[0], impl, error, group)
     if error is not None:
         raise error
-    return checked
+    return checked, impl
 
 
 def _check(name, image, text, logit_scale, logit_bias) -> tuple[Tensor | None, ...]:

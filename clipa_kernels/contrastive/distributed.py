@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # the tiles of a chunk must fill the device.
 _CHUNKS, _CHUNK_ROWS = 4, 512
 
+IMPLS = ("triton", "torch", "reference")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def rank_and_size(name: str, group: ProcessGroup | None) -> tuple[int, int]:
     """This process's place in the group; (0, 1) without one. RuntimeError where it is unusable."""
@@ -50,38 +53,46 @@ def default_group(name: str, rank: int, size: int) -> ProcessGroup:
     return dist.group.WORLD
 
 
-def require_same_shape(
-    name: str, features: object, error: Exception | None, group: ProcessGroup
+def require_alike(
+    name: str, features: object, impl: str, error: Exception | None, group: ProcessGroup
 ) -> None:
-    """ValueError on every process unless all bring features of one shape; RuntimeError on those
-    whose own arguments are right where another's are not.
+    """ValueError on every process unless all bring features of one shape and dtype and compute in
+    one way; RuntimeError on those whose own arguments are right where another's are not.
 
     One small gather a call. It goes over the group's CPU backend where it has one ("cpu:gloo,
-    cuda:nccl"); with NCCL alone the sizes travel through the device, which waits for it.
+    cuda:nccl"); with NCCL alone the numbers travel through the device, which waits for it.
     """
     _, size = rank_and_size(name, group)
-    shape = [-1, -1]
+    mine = [-1, -1, -1, -1]
     if (
         isinstance(features, Tensor)
         and features.dim() == 2
+        and features.dtype in _DTYPES
         and (error is None or not len(features))
     ):
-        shape = list(features.shape)
+        mine = [*features.shape, _DTYPES.index(features.dtype), IMPLS.index(impl)]
     device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else "cuda"
-    shapes = torch.empty(size, 2, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(shapes, torch.tensor([shape], device=device), group=group)
-    shapes = shapes.tolist()
-    if error is None and [-1, -1] in shapes:
-        culprit = shapes.index([-1, -1])
+    gathered = torch.empty(size, len(mine), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(gathered, torch.tensor([mine], device=device), group=group)
+    rows = gathered.tolist()
+    if error is None and [-1] * len(mine) in rows:
+        culprit = rows.index([-1] * len(mine))
         raise RuntimeError(
             f"{name}: every process must pass valid arguments, got an error on rank {culprit}"
         )
-    different = sorted({tuple(shape) for shape in shapes if shape != [-1, -1]})
-    if len(different) > 1:
-        came = ", ".join(
-            f"{rows}x{width} on rank {shapes.index([rows, width])}" for rows, width in different
-        )
-        raise ValueError(f"{name}: every process must bring features of one size, got {came}")
+    told = [
+        (f"{height}x{width}", str(_DTYPES[dtype]), IMPLS[way])
+        for height, width, dtype, way in rows
+        if height >= 0
+    ]
+    for what, values in zip(
+        ("bring features of one size", "bring features of one dtype", "compute by one impl"),
+        zip(*told, strict=True),
+        strict=True,
+    ):
+        if len(set(values)) > 1:
+            ranks = (f"{value} on rank {values.index(value)}" for value in sorted(set(values)))
+            raise ValueError(f"{name}: every process must {what}, got {', '.join(ranks)}")
 
 
 def mean_over_group(value: Tensor, group: ProcessGroup) -> Tensor:

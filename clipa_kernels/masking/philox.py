@@ -14,6 +14,7 @@ ORDER_STREAM, CAPTION_STREAM = 3, 4  # order of samples in an epoch; caption of 
 WINDOW_STREAM = 5  # to 5 + 2**15 - 1: order of shards, and of samples in each window of shards
 TURN_STREAM = 0xFF00  # order of the demo's batches within an epoch
 BLEND_STREAM, SHAPE_STREAM = 0xFF01, 0xFF02  # drawings faded into others; images turned and bent
+PART_STREAM = 0xFF03  # how a source's shards are dealt to parts of the batch
 
 
 def philox_bits(seed: int, step: int, samples: Tensor, count: int, *, stream: int = 0) -> Tensor:

@@ -144,11 +144,15 @@ def augment(
 def recolour(
     images: Tensor, augmentation: Augmentation, *, seed: int, step: int, first_sample: int = 0
 ) -> Tensor:
-    """The colour part of `augment` alone, for cropped images: uint8 [B, H, W, 3] to the same."""
+    """The colour part of `augment` alone, for cropped images: uint8 [B, H, W, 3] to the same.
+
+    On any device, with the same draws; nothing waits for the device.
+    """
     _check_batch("recolour", images, 1)
     if not augmentation.changes_colour:
         return images
-    draws = sample_draws(len(images), seed=seed, step=step, first_sample=first_sample)
+    key = {"seed": seed, "step": step, "first_sample": first_sample}
+    draws = sample_draws(len(images), **key, device=images.device)
     return _to_uint8(_recolour(images.permute(0, 3, 1, 2).float(), draws, augmentation))
 
 
@@ -174,9 +178,16 @@ def resize(images: Tensor, size: int) -> Tensor:
     return _to_uint8(_apply(images, rows, columns, 0))
 
 
-def sample_draws(count: int, *, seed: int, step: int, first_sample: int = 0) -> Tensor:
+def sample_draws(
+    count: int,
+    *,
+    seed: int,
+    step: int,
+    first_sample: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """The uniform numbers that decide an image's augmentation, float32 [count, 42]."""
-    samples = torch.arange(first_sample, first_sample + count)
+    samples = torch.arange(first_sample, first_sample + count, device=device)
     return philox_uniform(seed, step, samples, _DRAWS, stream=AUGMENT_STREAM)
 
 
@@ -368,28 +379,26 @@ def _around(planes: Tensor, take) -> Tensor:
 def _recolour(planes: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
     """One 3x3 matrix and bias an image, on float32 [B, 3, H, W]."""
     draws = draws[:, _COLOUR:_SHIFT]
+    grey_axis, to_grey, across, one = _matrices(draws.device)
     strengths = (
         augmentation.brightness,
         augmentation.contrast,
         augmentation.saturation,
         augmentation.hue,
     )
-    strengths = torch.tensor(strengths) * (draws[:, :1] < augmentation.jitter)
+    strengths = _constant(strengths, draws.device) * (draws[:, :1] < augmentation.jitter)
     change = (2 * draws[:, 1:5] - 1) * strengths
     bright, contrast, saturation = (1 + change[:, :3]).clamp(min=0).unbind(1)
     saturation = saturation * (draws[:, 5] >= augmentation.grey)
     angle = 2 * math.pi * change[:, 3]
-    to_grey = torch.tensor(_GREY).expand(3, 3)
-    grey_axis = torch.full((3, 3), 1 / 3)
-    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    hue = cos * torch.eye(3) + (1 - cos) * grey_axis + sin * across  # Rodrigues' rotation
+    hue = cos * one + (1 - cos) * grey_axis + sin * across  # Rodrigues' rotation
     kept = saturation[:, None, None]
-    matrix = hue @ (kept * torch.eye(3) + (1 - kept) * to_grey)
+    matrix = hue @ (kept * one + (1 - kept) * to_grey)
     # Rows of the mixing matrix keep their sum: grey stays grey.
     mixed = (2 * draws[:, 7:] - 1).view(-1, 3, 3) * augmentation.mix
-    matrix = (torch.eye(3) + mixed - mixed.mean(2, keepdim=True)) @ matrix
-    mean = planes.mean((2, 3)) @ torch.tensor(_GREY) * bright
+    matrix = (one + mixed - mixed.mean(2, keepdim=True)) @ matrix
+    mean = planes.mean((2, 3)) @ to_grey[0] * bright
     # Equal channels pass every matrix here unchanged, so the contrast's bias stays a grey level.
     bias = ((1 - contrast) * mean)[:, None].expand(-1, 3)
     matrix = matrix * (bright * contrast)[:, None, None]
@@ -397,6 +406,20 @@ def _recolour(planes: Tensor, draws: Tensor, augmentation: Augmentation) -> Tens
     bias = sign[:, None] * bias + 255 * (sign < 0)[:, None]
     flat = torch.baddbmm(bias[..., None], sign[:, None, None] * matrix, planes.flatten(2))
     return flat.view_as(planes)
+
+
+@lru_cache(maxsize=16)
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    """A tensor that is copied to its device once: a copy makes the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _matrices(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means of the channels, luma, the turn about the grey axis, and none: 3x3 each."""
+    across = _constant(((0.0, -1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 1.0, 0.0)), device)
+    to_grey = _constant(_GREY, device).expand(3, 3)
+    one = torch.eye(3, device=device)
+    return torch.full((3, 3), 1 / 3, device=device), to_grey, across / math.sqrt(3), one
 
 
 def _to_uint8(planes: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def open_batches(
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
         interpolation=config.dialect.interpolation,
         max_pixels=config.data.max_pixels,
-        colours=world.device.type == "cpu",  # a GPU does it in passing
+        colours=world.device.type != "cuda",  # a GPU draws them in passing
         captions=config.caption_keys,
         mix=config.data.mix,
         repeat=config.data.repeat,

@@ -27,8 +27,15 @@ from training.config import Config, describe, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
 from training.feed import fed
-from training.optim import adamw, clamp_scale_, clip_gradients, set_learning_rate, unwrap
-from training.run import Run, StopSignal, evaluation, finish, log_step
+from training.optim import (
+    SpikeGuard,
+    adamw,
+    clamp_scale_,
+    clip_gradients,
+    set_learning_rate,
+    unwrap,
+)
+from training.run import Run, StopSignal, evaluation, finish, identity, log_step
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
 
@@ -41,6 +48,7 @@ def train_step(
     config: Config,
     stage: str,
     world: World,
+    guard: SpikeGuard | None = None,
 ) -> dict[str, Tensor | int]:
     """One optimiser step, in time order; all returned values are device tensors except `tokens`."""
     sizes = config.stages[stage]
@@ -61,7 +69,7 @@ def train_step(
             parts = split(images, text, keep, ends, sizes.accumulate)
             out, loss = accumulated(model, parts, loss_of)
     norm = clip_gradients(model.parameters(), config.optim.clip_norm)
-    optimizer.step()
+    optimizer.step() if guard is None else guard.step(norm)
     optimizer.zero_grad(set_to_none=True)
     clamp_scale_(model, config)
     patches = (sizes.image_size // config.model.patch_size) ** 2 if keep is None else keep.shape[1]
@@ -144,7 +152,7 @@ def run_stage(
     while done < sizes.steps:
         with meter.waiting():
             batch = next(stream)
-        values = train_step(wrapped, optimizer, batch, done, config, stage, world)
+        values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
         done += 1
         meter.add(sizes.batch_size, round(values["tokens"] * world.size))
         tally.add(batch)
@@ -169,15 +177,16 @@ def run_stage(
 
 def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | None]:
     """Check and open all that the run needs before its first step; the state to resume from."""
+    world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.agree(lambda: check_sets(*sets))
+    world.decide(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world)
         if config.caption_keys != USUAL:
-            world.agree(lambda: check_captions(config.data.source, config.caption_keys))
+            world.decide(lambda: check_captions(config.data.source, config.caption_keys))
     saved = checkpoint.find(config, world)
-    pairs, tokenizer = open_data(config, saved)
+    pairs, tokenizer = open_data(config, saved, world)
     for stage in config.running:
         rehearse(config, stage, tokenizer, world)
     world.print(describe(config))
@@ -202,10 +211,11 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         model = build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
-        optimizer, done = adamw(model, config), 0
+        optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
             checkpoint.check_matches(saved, config, model, stage)
-            done = checkpoint.restore(saved, model, optimizer)
+            done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
+        run.guard = SpikeGuard(optimizer, config.optim.skip_above, spikes)
         began, done = done, run_stage(run, stage, model, optimizer, done)
         if done < config.stages[stage].steps:
             world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage}")
@@ -225,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     with report.sentences("train.py"):
         config = parse(argv)
         validate(config, world_size())
-        world = setup(config.run.device, threads=config.run.threads)
+        run = config.run
+        world = setup(run.device, threads=run.threads, timeout=run.timeout)
         try:
             with StopSignal() as stop:
                 train(config, world, stop)

@@ -378,7 +378,7 @@ def test_one_process_is_a_world(monkeypatch):
     assert world.mean(torch.tensor(3.0)) == 3
     world.barrier()
     with pytest.raises(ValueError, match="no picture"):
-        world.agree(lambda: (_ for _ in ()).throw(ValueError("no picture")))
+        world.decide(lambda: (_ for _ in ()).throw(ValueError("no picture")))
     world.close()
     assert distributed.world_size() == 1
     monkeypatch.setenv("RANK", "1")
@@ -441,15 +441,21 @@ def _member(rank: int, port: int) -> None:
     assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
     assert world.any(rank == 1) and not world.any(False)
     asked = []
-    world.agree(lambda: asked.append(rank))
+    assert world.decide(lambda: asked.append(rank) or f"by {rank}") == "by 0"
     assert asked == [0] * (rank == 0)  # rank 0 alone looks
     try:
-        world.agree(lambda: Path("no such file").read_text())
-    except (ValueError, SystemExit) as error:  # told once, and all end
+        world.decide(lambda: Path("no such file").read_text())
+    except (OSError, SystemExit) as error:  # told once, and all end
         told = "No such file" in str(error)
-        assert told == (rank == 0) and isinstance(error, ValueError) == told
+        assert told == (rank == 0) and isinstance(error, OSError) == told
     else:
         raise AssertionError("all must end")
+    world.require_same({"lr": 0.1, "code": "abc"})
+    words = r"ranks: lr must be rank 0's 0.0 on every process, got 1.0 on rank 1"
+    with pytest.raises(ValueError, match=words):  # on both
+        world.require_same({"code": "abc", "lr": float(rank)})
+    with pytest.raises(ValueError, match=r"seed must be rank 0's none .* got 3 on rank 1"):
+        world.require_same({"seed": 3} if rank else {})
     own = torch.tensor([1.0 + rank])
     assert world.sum(own) == 3 and world.mean(own) == 1.5 and own == 1 + rank
     world.barrier()

@@ -1,5 +1,6 @@
 """Decay scope, schedule, clipping and the clamp, against open_clip's rules where it has them."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from models import DIALECTS
 from training.config import Config, Stage
 from training.optim import (
+    SpikeGuard,
     adamw,
     clamp_scale_,
     clip_gradients,
@@ -138,6 +140,27 @@ def test_learning_rate_is_open_clips(warmup):
         assert learning_rate(step, stage) == pytest.approx(theirs(step), abs=1e-12)
 
 
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0, 0), (7, 0), (7, 10), (0, 40), (10, 30)])
+def test_constant_learning_rate_is_open_clips(warmup, cooldown):
+    scheduler = pytest.importorskip("open_clip_train.scheduler")
+    stage = Stage(lr=0.3, warmup=warmup, steps=40, cooldown=cooldown)
+    optimizer = torch.optim.SGD([torch.ones(1)])
+    if cooldown:
+        theirs = scheduler.const_lr_cooldown(optimizer, 0.3, warmup, 40, cooldown)
+    else:
+        theirs = scheduler.const_lr(optimizer, 0.3, warmup, 40)
+    for step in range(40):
+        assert learning_rate(step, stage) == pytest.approx(theirs(step), abs=1e-12)
+    assert learning_rate(40, stage) == (0.0 if cooldown else 0.3)
+
+
+def test_one_constant_run_serves_every_budget():
+    """A run that is cut and cooled down shares its steps with the longer one."""
+    long, short = (Stage(lr=1.0, warmup=5, steps=n, cooldown=10) for n in (100, 50))
+    same = [learning_rate(s, long) == learning_rate(s, short) for s in range(50)]
+    assert all(same[:41]) and not any(same[41:])
+
+
 def test_learning_rate_ends_at_zero_and_stays():
     stage = Stage(lr=1.0, warmup=2, steps=10)
     assert learning_rate(10, stage) == learning_rate(11, stage) == 0
@@ -196,3 +219,42 @@ def test_unwrap_compiled_model():
     model = nn.Linear(2, 2)
     assert unwrap(torch.compile(model)) is model
     assert unwrap(model) is model
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_beyond_the_median_changes_nothing(fused):
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    guard = SpikeGuard(optimizer, 3.0)
+    harmful = {5: 100.0, 40: 100.0, 50: math.nan, 60: math.inf, 70: 2.9}
+    for step in range(80):
+        weight.grad = torch.full((4,), harmful.get(step, 1.0))
+        before = [weight.clone(), *(v.clone() for v in optimizer.state[weight].values())]
+        guard.step(weight.grad.norm())
+        after = [weight, *optimizer.state[weight].values()]
+        skipped = step in (40, 50, 60)  # the first 32 only tell what is usual
+        assert bool(guard.spike) == skipped
+        assert all(map(torch.equal, before, after)) == skipped
+    assert guard.state()["skipped"] == 3 and optimizer.state[weight]["step"] == 77
+    again = SpikeGuard(optimizer, 3.0, guard.state())
+    weight.grad = torch.full((4,), 50.0)
+    again.step(weight.grad.norm())
+    assert bool(again.spike) and again.state()["skipped"] == 4
+
+
+def test_a_guard_goes_on_from_its_state():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    norms = torch.rand(300, generator=torch.manual_seed(0)) ** -1.5
+    for cut in (0, 20, 128, 200):
+        whole, part = SpikeGuard(optimizer, 2.0), SpikeGuard(optimizer, 2.0)
+        found = []
+        for step, norm in enumerate(norms):
+            if step == cut:
+                part = SpikeGuard(optimizer, 2.0, json.loads(json.dumps(part.state())))
+            weight.grad = torch.ones(4)
+            whole.step(norm)
+            part.step(norm)
+            found.append(bool(whole.spike))
+            assert bool(part.spike) == found[-1]
+        assert 10 < sum(found) == whole.state()["skipped"] == part.state()["skipped"]

@@ -211,7 +211,7 @@ def test_sigmoid_loss_and_bf16_train():
 def test_v2_dialect_trains_on_padded_text():
     config = demo(model__dialect="clipa-v2", stages__short__pos_embed="sincos-moco")
     world = World(0, 0, 1, torch.device("cpu"))
-    pairs, tokenizer = open_data(config, None)
+    pairs, tokenizer = open_data(config, None, world)
     batch = next(iter(open_batches(config, "short", pairs, tokenizer, world)))
     assert len(batch.ids) == 16 * config.stages["short"].context
     model = build_model(config, "short", tokenizer.vocab_size)
@@ -236,8 +236,8 @@ def test_a_dialect_says_how_pictures_are_resized(dialect, tmp_path):
     )  # fmt: skip
     v2 = dialect.startswith("clipa-v2")
     how = dict(interpolation="bilinear" if v2 else "bicubic")
-    _, tokenizer = open_data(config, None)
     world = World(0, 0, 1, torch.device("cpu"))
+    _, tokenizer = open_data(config, None, world)
     batch = open_batches(config, "short", None, tokenizer, world)[0]
     draws = sample_draws(1, seed=0, step=0)[0]
     crop = decode_crop(picture, 16, draws, config.augment, **how)

@@ -1,6 +1,8 @@
 """What a stage trains: its model, pairs and tokenizer, its batches, and a batch on the device."""
 
+import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,25 +47,36 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
     )
 
 
-def open_data(config: Config, saved: dict | None) -> tuple[EmojiPairs | None, Tokenizer]:
-    """The embedded pairs (None: shards), and the tokenizer: a checkpoint's own if there is one."""
+def open_data(
+    config: Config, saved: dict | None, world: World
+) -> tuple[EmojiPairs | None, Tokenizer]:
+    """The embedded pairs (None: shards), and the tokenizer: a checkpoint's own if there is one.
+
+    Rank 0 reads or trains the tokenizer, and the others have its own.
+    """
     pairs = load_emoji() if config.data.source == "emoji" else None
-    if saved:
-        return pairs, Tokenizer.from_json(saved["tokenizer"])
-    if config.data.tokenizer == "clip":
-        return pairs, clip_bpe()
-    if config.data.tokenizer != "wordpiece":
-        return pairs, load_tokenizer(config.data.tokenizer)
-    if pairs:
-        captions = pairs.training_captions()
-    else:
-        captions = first_captions(config.data.source, captions=config.caption_keys)
-    return pairs, Tokenizer(train_wordpiece(captions, config.data.vocab_size, start=False))
+
+    def choose() -> str:
+        if saved:
+            return saved["tokenizer"]
+        if config.data.tokenizer == "clip":
+            return clip_bpe().to_json()
+        if config.data.tokenizer != "wordpiece":
+            return load_tokenizer(config.data.tokenizer).to_json()
+        if pairs:
+            captions = pairs.training_captions()
+        else:
+            captions = first_captions(config.data.source, captions=config.caption_keys)
+        trained = train_wordpiece(captions, config.data.vocab_size, start=False)
+        return Tokenizer(trained).to_json()
+
+    return pairs, Tokenizer.from_json(world.decide(choose))
 
 
 def count_samples(pattern: str, world: World) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
-    paths = expand(pattern)
+    paths = world.together(lambda: expand(pattern))
+    world.require_same({"the number of shards": len(paths)})
     missing = world.sum(torch.from_numpy((known_sizes(paths) < 0).astype(np.int64)))
     unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
     counted: list[tuple[Path, int]] = []
@@ -114,7 +127,8 @@ def open_batches(
         common |= dict(prefetch=0 if world.device.type == "cpu" else 2)
         forms = CAPTIONS[config.data.captions][0]
         return EmojiLoader(pairs, tokenizer, forms=forms, augmentation=config.augment, **common)
-    loader = ShardLoader(
+    make = partial(
+        ShardLoader,
         config.data.source,
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
@@ -128,6 +142,9 @@ def open_batches(
         workers=config.data.workers,
         **common,
     )
+    loader = world.together(make)
+    table = hashlib.sha256(loader.sizes.tobytes()).hexdigest()[:8]
+    world.require_same({"the table of samples a shard": f"{table} of {loader.count} samples"})
     if ends := loader.source_that_ends():
         rest = "begins again when all have ended, or at once with --data.repeat"
         world.print(f"{ends[0]} ends at step {ends[1]}; it {rest}")

@@ -6,12 +6,13 @@ A file is a dict in open_clip's layout with a little more:
                                             the place of the stage among all, from 0
     stage, step                             name, and steps of this stage that are done
     config, tokenizer                       JSON texts
-    rng, metrics                            generator states; numbers to carry on
+    rng, metrics, spikes                    generator states; numbers to carry on
 
 It is written beside its place, flushed to the disk and renamed, so a file with the final name is
 whole. Everything in it loads with `torch.load(weights_only=True)`.
 """
 
+import hashlib
 import random
 import re
 import warnings
@@ -33,6 +34,7 @@ _NAME = re.compile(r"(\d+)-\w+-(\d+)\.pt")
 _KEYS = {
     "state_dict": dict, "optimizer": dict, "stage": str, "step": int, "config": str, "rng": dict,
     "tokenizer": str, "metrics": dict, "epoch": int,
+    "spikes": dict,
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
 _FREE = re.compile(
@@ -53,6 +55,7 @@ def pack_state(
     step: int,
     tokenizer: str = "",
     metrics: dict | None = None,
+    spikes: dict | None = None,
 ) -> dict:
     """The state that `save` writes and `restore` puts back.
 
@@ -64,6 +67,7 @@ def pack_state(
         step: steps of this stage that are done.
         tokenizer: JSON text of the tokenizer, so that the checkpoint alone can be evaluated.
         metrics: plain numbers, texts, lists and dicts.
+        spikes: of SpikeGuard.
     """
     return {
         "epoch": config.number(stage),
@@ -75,6 +79,7 @@ def pack_state(
         "config": to_json(config),
         "tokenizer": tokenizer,
         "metrics": metrics or {},
+        "spikes": spikes or {},
         "rng": rng_state(),
     }
 
@@ -90,6 +95,7 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | No
         try:
             optimizer.load_state_dict(state["optimizer"])
             _check_moments(optimizer)
+            _own_moments(optimizer)
             set_rng_state(state["rng"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             must = "its optimizer and rng must be this run's"
@@ -104,6 +110,14 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                 must, came = tuple(parameter.shape), tuple(value.shape)
                 raise ValueError(f"{name} must have shape {must}, got {came}")
+
+
+def _own_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Copy what still lies in a checkpoint's file, which the run may delete."""
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                values[name] = value.clone()
 
 
 def weights(state: dict) -> dict[str, Tensor]:
@@ -195,8 +209,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order)
 
 
-def load(path: str | Path) -> dict:
-    """The state of one file, on the CPU.
+def load(path: str | Path, *, checked: bool = False) -> dict:
+    """The state of one file, on the CPU; tensors are read from the file when they are used.
+
+    Args:
+        checked: whether another process has read all of it and found it whole and finite.
 
     Raises:
         ValueError: no such file, or not a checkpoint of this program.
@@ -207,18 +224,25 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"load: path must be a checkpoint file, got {str(path)!r}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the checksums
+            # torch.load does not compare the checksums.
+            damaged = None if checked else archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # unpickling raises whatever the bytes make it
         reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise RuntimeError(f"load: {path} must be a whole checkpoint, got {reason}") from error
     held = state if isinstance(state, dict) else {}
     came = ", ".join(sorted(map(str, held))[:8]) or type(state).__name__
-    state = {"tokenizer": "", "metrics": {}} | held
+    state = {"tokenizer": "", "metrics": {}, "spikes": {}} | held
     if missing := [key for key, kind in _KEYS.items() if not isinstance(state.get(key), kind)]:
         raise ValueError(f"load: {path} must hold {', '.join(sorted(missing))}, got only {came}")
+    if not checked:
+        _check_finite_state(path, state)
+    return state
+
+
+def _check_finite_state(path: Path, state: dict) -> None:
     for name, tensor in state["state_dict"].items():
         good = isinstance(name, str) and isinstance(tensor, Tensor)
         if not good or not bool(tensor.isfinite().all()):
@@ -228,11 +252,16 @@ def load(path: str | Path) -> dict:
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):
                 came = f"another as {name} of parameter {number}"
                 raise RuntimeError(f"load: {path} must hold finite tensors, got {came}")
-    return state
 
 
 def latest(folder: str | Path) -> dict | None:
-    """The newest state that can be read; None where the folder has no checkpoint.
+    """The newest state that can be read; None where the folder has no checkpoint; see `newest`."""
+    found = newest(folder)
+    return None if found is None else found[1]
+
+
+def newest(folder: str | Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read, and its state; None where the folder has none.
 
     A newer one that is broken is skipped with a warning.
 
@@ -249,7 +278,7 @@ def latest(folder: str | Path) -> dict | None:
         )
     for path in reversed(paths):
         try:
-            return load(path)
+            return path, load(path)
         except (ValueError, RuntimeError) as error:
             warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=2)
     if paths:
@@ -322,25 +351,52 @@ def check_matches(
 
 
 def find(config: Config, world: World) -> dict | None:
-    """The state to resume from, or None. What an abandoned run left is moved aside, not deleted."""
-    saved = None
-    if config.run.resume == "auto":
-        saved = latest(config.run.output)
-    elif config.run.resume != "never":
-        saved = load(config.run.resume)
-    if saved is not None:
-        check_matches(saved, config)
+    """The state to resume from, or None: rank 0 chooses and checks it, the others read the same.
+
+    What an abandoned run left is moved aside, not deleted.
+    """
+    chosen: list[dict] = []
+
+    def choose() -> tuple[str, str] | None:
+        found = None
         if config.run.resume == "auto":
-            _check_unchanged(from_json(saved["config"]), config)
-    world.barrier()  # all have looked before rank 0 moves anything
+            found = newest(config.run.output)
+        elif config.run.resume != "never":
+            found = Path(config.run.resume), load(config.run.resume)
+        if found is None:
+            return None
+        path, state = found
+        check_matches(state, config)
+        if config.run.resume == "auto":
+            _check_unchanged(from_json(state["config"]), config)
+        chosen.append(state)
+        return str(path), _digest(path)
+
+    place = world.decide(choose)
+    if place and not world.is_main and Path(place[0]).is_file():
+        chosen.append(load(place[0], checked=True))
+    seen = place and _digest(Path(place[0]))
+    world.require_same({"the checkpoint": place and f"{place[0]} ({seen})"})
     if config.run.resume != "auto" and world.is_main:
-        after = None if saved is None else config.run.resume
+        after = None if place is None else config.run.resume
         moved = set_aside(config.run.output, after=after)
         if moved:
             world.print(f"newer checkpoints of an earlier run are now in {moved}")
-    if saved is not None:
-        world.print(f"resumed at step {saved['step']} of stage {saved['stage']}")
+    if place is None:
+        return None
+    (saved,) = chosen
+    world.print(f"resumed at step {saved['step']} of stage {saved['stage']}")
     return saved
+
+
+def _digest(path: Path) -> str:
+    """Names, sizes and checksums of all that a checkpoint holds, in eight letters."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = [(one.filename, one.file_size, one.CRC) for one in archive.infolist()]
+    except (OSError, zipfile.BadZipFile):
+        return "none"
+    return hashlib.sha256(repr(held).encode()).hexdigest()[:8]
 
 
 def _check_unchanged(before: Config, config: Config) -> None:

@@ -49,7 +49,8 @@ class Stage:
     batch_size: int = 128  # global: all processes, all accumulated parts
     accumulate: int = 1  # parts a step is computed in, to save memory
     lr: float = 1e-3  # peak, for the whole batch: (papers' lr) * batch / 256
-    warmup: int = 100  # steps of linear warm-up before the cosine to 0
+    warmup: int = 100  # steps of linear warm-up
+    cooldown: int | None = None  # steps of a linear end, constant before; 0: none; None: cosine
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class OptimPart:
     beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
     adam_eps: float | None = None  # None: the dialect's
     clip_norm: float = 0.0  # largest gradient norm; 0: not clipped
+    skip_above: float = 0.0  # times the running median of norms: such a step is skipped; 0: none
     max_scale: float | None = None  # bound of exp(logit_scale); 0: none; None: the dialect's
 
 
@@ -119,6 +121,7 @@ class RunPart:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
     compile: bool = False  # torch.compile the model; pays on long runs
     threads: int = 0  # CPU threads of torch; 0: as torch decides
+    timeout: float = 600.0  # seconds that a process waits for the others before it ends
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest ones kept
     log_every: int = 20  # steps between lines of the log
@@ -308,9 +311,11 @@ _RANGES = {
     "optim.beta2": "[0, 1)",
     "optim.adam_eps": "[1e-30, 1]",
     "optim.clip_norm": "[0, 1e9]",
+    "optim.skip_above": "[0, 1e9]",
     "optim.max_scale": "[0, 1e6]",
     "run.threads": "[0, 512]",
     "run.seed": "[0, 9223372036854775807]",
+    "run.timeout": "[1, 1e6]",
     "run.save_every": "[1, 1e18]",
     "run.keep_checkpoints": "[1, 1e18]",
     "run.log_every": "[1, 1e18]",
@@ -322,6 +327,7 @@ _RANGES = {
     "accumulate": "[1, 1048576]",
     "lr": "(0, 100]",
     "warmup": "[0, 1e9]",
+    "cooldown": "[0, 1e9]",
 }
 
 
@@ -398,6 +404,8 @@ def _check_stage(config: Config, name: str, world_size: int) -> None:
     must = f"be a multiple of {world_size} processes x {stage.accumulate} parts"
     require(stage.batch_size % parts == 0, "batch_size", must)
     require(stage.warmup <= stage.steps, "warmup", f"be at most steps {stage.steps}")
+    after, cooldown = stage.steps - stage.warmup, stage.cooldown or 0
+    require(cooldown <= after, "cooldown", f"be at most the {after} steps after the warm-up")
     unused = stage.image_mask in ("none", "grid") and stage.image_drop > 0
     require(not unused, "image_drop", f"be 0 with image_mask {stage.image_mask}")
 

@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels.check import choose_impl
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,58 @@ class World:
         """The mean of a tensor over all processes, on every process."""
         return self.sum(value) / self.size
 
-    def agree(self, check: Callable[[], None]) -> None:
-        """Let rank 0 check something; where it raises ValueError or OSError, all processes end."""
-        said = [""]
+    def decide(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every process; where it raises, all processes end.
+
+        Args:
+            make: gives what pickles; its ValueError, OSError or RuntimeError is told once.
+        """
+        made, error = None, None
         if self.is_main:
             try:
-                check()
-            except (ValueError, OSError) as error:
-                said = [str(error)]
+                made = make()
+            except (ValueError, OSError, RuntimeError) as caught:
+                error = caught
         if self.size > 1:
-            dist.broadcast_object_list(said, device=torch.device("cpu"))  # by gloo
-        if said[0]:
-            raise ValueError(said[0]) if self.is_main else SystemExit(1)  # told once
+            box = [(made, error is None)]
+            dist.broadcast_object_list(box, device=torch.device("cpu"))  # by gloo
+            made, good = box[0]
+            if not good and not self.is_main:
+                raise SystemExit(1)
+        if error is not None:
+            raise error
+        return made
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What this process makes; where any of them raises ValueError or OSError, all end."""
+        made, error = None, None
+        try:
+            made = make()
+        except (ValueError, OSError) as caught:
+            error = caught
+        if self.any(error is not None):
+            raise error or SystemExit(1)  # told by the process that met it
+        return made
+
+    def require_same(self, values: Mapping[str, object]) -> None:
+        """ValueError on every process unless each came with rank 0's values; says what differs.
+
+        Args:
+            values: by what a sentence calls them.
+        """
+        if self.size == 1:
+            return
+        told = {name: str(value) for name, value in values.items()}
+        everyone: list[dict[str, str]] = [{} for _ in range(self.size)]
+        dist.all_gather_object(everyone, told)
+        for rank, theirs in enumerate(everyone):
+            for name in dict.fromkeys([*everyone[0], *theirs]):
+                first, other = everyone[0].get(name, "none"), theirs.get(name, "none")
+                if first != other:
+                    raise ValueError(
+                        f"ranks: {name} must be rank 0's {first} on every process, "
+                        f"got {other} on rank {rank}"
+                    )
 
     def close(self) -> None:
         """Leave the process group."""

@@ -1,7 +1,8 @@
 """AdamW with the dialect's decay scope, the learning rate of a step, and what happens around one.
 
 learning_rate(s) = lr * (s + 1) / warmup                                      s < warmup
-                 = lr * (1 + cos(pi * (s - warmup) / (steps - warmup))) / 2   after
+                 = lr * (1 + cos(pi * (s - warmup) / (steps - warmup))) / 2   after; or, if the
+                 = lr * min(1, (steps - s) / cooldown)                        stage has a cooldown
 """
 
 import math
@@ -66,13 +67,14 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, stage: Stage) -> float:
-    """The learning rate of a step: linear warm-up, then a cosine that would reach 0 at `steps`.
+    """The learning rate of a step: linear warm-up, then a cosine that would reach 0 at `steps`, or
+    a constant with a linear end.
 
     Args:
         step: from 0, within the stage.
-        stage: lr, warmup and steps are read.
+        stage: lr, warmup, steps and cooldown are read.
 
-    Source: `cosine_lr` of open_clip.
+    Source: `cosine_lr`, `const_lr` and `const_lr_cooldown` of open_clip.
 
     >>> [round(learning_rate(step, Stage(lr=1.0, warmup=2, steps=4)), 3) for step in range(4)]
     [0.5, 1.0, 1.0, 0.5]
@@ -81,6 +83,9 @@ def learning_rate(step: int, stage: Stage) -> float:
         raise ValueError(f"learning_rate: step must be at least 0, got {step}")
     if step < stage.warmup:
         return stage.lr * (step + 1) / stage.warmup
+    if stage.cooldown is not None:
+        left = max(stage.steps - step, 0)
+        return stage.lr * (left / stage.cooldown if left < stage.cooldown else 1.0)
     done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
     return stage.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
@@ -111,6 +116,56 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # torch's own epsilon
         torch._foreach_mul_(gradients, factor)
     return norm
+
+
+class SpikeGuard:
+    """Has AdamW skip a step whose gradient norm is beyond a multiple of the running median.
+
+    A skipped step changes no weight and no moment. All of it stays on the device, and the norm is
+    that of all processes, so all skip the same steps.
+
+    Args:
+        optimizer: of `adamw`.
+        limit: times the median of the last 128 norms, of at least 32; 0 skips none. A norm that is
+            no number is beyond any.
+        state: of `state` at an earlier step.
+    """
+
+    _KEPT, _LEAST = 128, 32
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, limit: float, state: dict | None = None
+    ) -> None:
+        state = state or {"norms": [], "seen": 0, "skipped": 0}
+        device = optimizer.param_groups[0]["params"][0].device
+        self.optimizer, self.limit, self.seen = optimizer, limit, state["seen"]
+        norms = state["norms"] + [math.nan] * (self._KEPT - len(state["norms"]))
+        self.norms = torch.tensor(norms, device=device)
+        self.skipped = torch.tensor(state["skipped"], device=device)
+        self.spike = torch.tensor(False, device=device)  # whether the last step was skipped
+
+    @torch.no_grad()
+    def step(self, norm: Tensor) -> None:
+        """optimizer.step(), or nothing."""
+        if not self.limit:
+            self.optimizer.step()
+            return
+        self.spike = spike = ~(norm <= self.limit * self.norms.nanmedian())
+        if self.seen < self._LEAST:
+            spike.zero_()
+        self.norms[self.seen % self._KEPT] = norm
+        self.seen += 1
+        self.skipped += spike
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = spike.float()  # as a loss scaler says it, on the device
+            self.optimizer.step()
+        elif not spike:
+            self.optimizer.step()
+
+    def state(self) -> dict[str, int | list[float]]:
+        """Plain numbers, from which another guard goes on."""
+        norms = self.norms[: min(self.seen, self._KEPT)].tolist()
+        return {"norms": norms, "seen": self.seen, "skipped": int(self.skipped)}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -72,6 +73,10 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+# What gloo says when another process is gone or does not answer.
+_LOST = r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|EADDRINUSE"
+
+
 @contextmanager
 def sentences(program: str) -> Iterator[None]:
     """End the program with "<program>: <sentence>" and status 1 where its user can mend the error.
@@ -89,7 +94,9 @@ def sentences(program: str) -> Iterator[None]:
         words = str(error).strip() or type(error).__name__
         if "Original Traceback" in words:  # of a loader's process: torch adds where it was raised
             words = words.splitlines()[-1].partition(": ")[2]
-        if re.search(r"out of memory|allocate|MemoryError", words):
+        if isinstance(error, dist.DistError) or re.search(_LOST, words):
+            words = f"processes must answer each other, got {words.splitlines()[0]}"
+        elif re.search(r"out of memory|allocate|MemoryError", words):
             words = f"the run must fit in memory, got {words.splitlines()[0]}"
         elif isinstance(error, RuntimeError) and not re.match(r"\w+: .+\bgot\b", words, re.DOTALL):
             raise

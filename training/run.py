@@ -1,9 +1,13 @@
 """A run from outside its loop: what the stages share, signals, the log, checkpoints, the report."""
 
+import contextlib
+import hashlib
 import math
+import platform
 import signal
 import time
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,10 +18,10 @@ from data.text import Tokenizer
 from models import CLIP, forward_flops
 
 from . import checkpoint, report
-from .config import Config
+from .config import Config, flat
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
-from .optim import learning_rate
+from .optim import SpikeGuard, learning_rate
 
 _STOPS = [  # Windows has no SIGUSR1
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
@@ -59,6 +63,19 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def identity(config: Config) -> dict[str, object]:
+    """What must be the same on every process before any work: flags, code and what it stands on."""
+    root, code = Path(__file__).parents[1], hashlib.sha256()
+    folders = ("clipa_kernels", "models", "data", "training")
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+        code.update(path.read_bytes())
+    versions = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
+    for name in ("torch", "triton", "numpy", "pillow", "tokenizers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {**flat(config), "the code": code.hexdigest()[:8], **versions}
+
+
 @dataclass
 class Run:
     """What the stages share."""
@@ -71,6 +88,7 @@ class Run:
     log: report.JsonLines | None  # of rank 0
     metrics: dict  # seconds and figures of each stage so far
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
+    guard: SpikeGuard | None = None  # of the stage that runs
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
@@ -85,6 +103,7 @@ class Run:
                 step=done,
                 tokenizer=self.tokenizer.to_json(),
                 metrics=self.metrics,
+                spikes=self.guard.state() if self.guard else {},
             )
             checkpoint.save(run.output, state, done, keep=run.keep_checkpoints)
 
@@ -105,7 +124,8 @@ def log_step(
         tally: of this process's batches since the last line; the line has all processes' counts.
     """
     loss = run.world.mean(values["loss"]).item()
-    if not math.isfinite(loss):
+    guard = run.guard
+    if not math.isfinite(loss) and not (guard and bool(guard.spike)):  # which harmed nothing
         raise checkpoint.not_finite(
             f"the loss must be finite, got {loss}", run.config.run.output, stage, done
         )
@@ -123,6 +143,7 @@ def log_step(
         "grad_norm": values["grad_norm"].item(),
         **rates,
         **counted(run.world, batch.skipped, tally),
+        **({"skipped_steps": int(guard.skipped)} if guard and guard.limit else {}),
         "peak_memory_bytes": report.peak_memory(run.world.device),
     }
     if run.log is not None:

@@ -34,6 +34,7 @@ from training.build import (
 from training.config import Config, describe, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
+from training.feed import fed
 from training.optim import (
     SpikeGuard,
     adamw,
@@ -153,7 +154,8 @@ def run_stage(
     seconds, began = run.metrics["seconds"], time.perf_counter()
     before = seconds.get(stage, 0.0)
     wrapped = wrap(model, world, config.run.compile)
-    stream = iter(open_batches(config, stage, run.pairs, run.tokenizer, world, done))
+    batches = open_batches(config, stage, run.pairs, run.tokenizer, world, done)
+    stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
     model.train()

@@ -78,6 +78,10 @@ SHORT = {
     "--output runs/icons": 'train.py --data "{folder}/*.tar" {flags}',
     'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "evaluate.py "
     '{folder}/trained --shards "{folder}/*.tar"',
+    'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "-m data.bench "
+    '"{folder}/{{0000..0001}}.tar" --image-size 64',
+    "pytest bench/bench_data.py": "-m pytest -p no:cacheprovider bench/bench_data.py "
+    "--benchmark-disable -k 64",
     "pytest bench/bench_train_step.py": "-m pytest -p no:cacheprovider bench/bench_train_step.py "
     '--benchmark-disable -k "fp32 or equal"',
     "python -m bench.bench_train_step": "-m bench.bench_train_step --samples 256 --seeds 1",
@@ -95,6 +99,8 @@ SHOWS = {
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",
     "python -m data.icons iconify-json-2.2.535.tgz icons": "drawn now: 244 (",
     'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "classes: *.tar",
+    'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "40 samples to 64 pixels",
+    "pytest bench/bench_data.py": "3 passed",
     "pytest bench/bench_train_step.py": "2 passed",
     "python -m bench.bench_train_step": "open_clip  new concepts",
     "python -m bench.bench_contrastive 8192": "bf16 open_clip ",

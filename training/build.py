@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipa_kernels import Packed, block_patches, grid_patches, random_patches
+from data.augment import recolour
 from data.batches import Batch
 from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
 from data.index import count, known_sizes, write_tables
@@ -147,6 +148,8 @@ def open_batches(
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
         interpolation=config.dialect.interpolation,
+        max_pixels=config.data.max_pixels,
+        colours=world.device.type != "cuda",  # a GPU draws them in passing
         captions=config.caption_keys,
         mix=config.data.mix,
         repeat=config.data.repeat,
@@ -167,7 +170,11 @@ def to_device(
     batch: Batch, step: int, config: Config, stage: str, device: torch.device
 ) -> tuple[Tensor, Packed, Tensor | None]:
     """Images [B, 3, S, S] as a view, packed ids, and the kept patches [B, K] (None: all)."""
-    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    images = batch.images.to(device, non_blocking=True)
+    if not batch.coloured:
+        key = {"seed": config.run.seed, "step": config.first_step(stage) + step}
+        images = recolour(images, config.augment, **key, first_sample=batch.first_sample)
+    images = images.permute(0, 3, 1, 2)
     ids = batch.ids.to(device, non_blocking=True)
     text = Packed(ids, batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
     sizes = config.stages[stage]

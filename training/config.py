@@ -22,6 +22,7 @@ import tyro
 from data.augment import Augmentation
 from data.emoji import CAPTIONS
 from data.files import read_text
+from data.images import MAX_PIXELS
 from data.pairs import Captions
 from data.patterns import sources_of
 from data.sources import weights_of
@@ -70,6 +71,7 @@ class DataPart:
     repeat: bool = False  # with a mix: a source that ends begins again before the others end
     parts: int = 1  # of a batch and of the shards; with as many as nodes each reads its own alone
     workers: int = 0  # processes that decode images; 0: threads of this one
+    max_pixels: int = MAX_PIXELS  # of an image file; a larger one is skipped before it is decoded
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,7 @@ def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
 _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
+    "data.max_pixels": "[1, 178956970]",  # above it Pillow refuses by itself
     "data.parts": "[1, 65536]",
     "model.patch_size": "[1, 1024]",
     "model.init_scale": "(0, 1e6]",

@@ -26,6 +26,7 @@ train = [
     "resvg-py>=0.5.0",  # draws the SVGs
     "openai-clip==1.0.1",  # CLIP's merge table, MIT; a small package that needs no torchvision
     "ftfy",  # CLIP's vocabulary mends broken text with it
+    "safetensors",  # weights to start from, of open_clip and Hugging Face
     "textblob>=0.20.1",  # the part-of-speech lexicon for syntax masking
 ]
 bench = [

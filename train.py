@@ -22,10 +22,19 @@ from data.pairs import USUAL
 from data.shards import check_captions
 from models import CLIP, load_weights
 from training import checkpoint, report
-from training.build import build_model, count_samples, open_batches, open_data, rehearse, to_device
+from training.build import (
+    build_model,
+    count_samples,
+    load_initial,
+    open_batches,
+    open_data,
+    rehearse,
+    to_device,
+)
 from training.config import Config, describe, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
+from training.feed import fed
 from training.optim import (
     SpikeGuard,
     adamw,
@@ -116,17 +125,19 @@ def accumulated(
     whole = dict(outs[0])
     for name in ("image_features", "text_features"):
         whole[name] = torch.cat([out[name] for out in outs])
-    whole = {name: value.requires_grad_() for name, value in whole.items()}
+    locked = f"{unwrap(model).locked}_features"
+    whole = {name: value.requires_grad_(name != locked) for name, value in whole.items()}
     loss = loss_of(whole)
     loss.backward()
-    grads_of = {n: whole[n].grad.chunk(len(parts)) for n in ("image_features", "text_features")}
+    trained = [name for name in ("image_features", "text_features") if name != locked]
+    grads_of = {name: whole[name].grad.chunk(len(parts)) for name in trained}
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = last
         out = model(*part)
         grads = {name: each[index] for name, each in grads_of.items()}
-        for name in out.keys() - grads.keys():  # scale and bias: once
+        for name in out.keys() - grads.keys() - {locked}:  # scale and bias: once
             grads[name] = whole[name].grad if last else torch.zeros_like(whole[name])
         torch.autograd.backward([out[n] for n in grads], list(grads.values()))
     return whole, loss
@@ -143,7 +154,8 @@ def run_stage(
     seconds, began = run.metrics["seconds"], time.perf_counter()
     before = seconds.get(stage, 0.0)
     wrapped = wrap(model, world, config.run.compile)
-    stream = iter(open_batches(config, stage, run.pairs, run.tokenizer, world, done))
+    batches = open_batches(config, stage, run.pairs, run.tokenizer, world, done)
+    stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
     model.train()
@@ -210,6 +222,8 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         model = build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
+        elif config.model.init and not saved:
+            world.together(lambda model=model: load_initial(model, config.model.init))
         optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
             checkpoint.check_matches(saved, config, model, stage)

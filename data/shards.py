@@ -34,7 +34,7 @@ from clipa_kernels.masking.philox import CAPTION_STREAM
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice
 from .cache import Scan, kept_scan
-from .images import _check_interpolation, decode_crop, decode_square
+from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
 from .pairs import USUAL, Captions, Files, Unreadable, captions_of, drawn_of, read_pair
 from .patterns import Pattern, file_names, sources_of
@@ -86,6 +86,9 @@ class ShardLoader(Dataset):
         strategy, pad: how captions are cut and filled, as Tokenizer.encode.
         augmentation: strengths, as `decode_crop` and `recolour`; None is the plain crop.
         interpolation: "bilinear" (CLIPA-v2) or "bicubic" (CLIPA v1).
+        max_pixels: of an image file; a larger one is a sample that cannot be read.
+        colours: whether `augmentation`'s colours are drawn here; if not, `recolour` is left to the
+            caller, who may do it on another device, keyed by the same seed and step.
         seed: key of order, crops, colours and masks.
         rank, world_size: which share of the global batch this process takes.
         window: shards whose samples are mixed.
@@ -118,6 +121,8 @@ class ShardLoader(Dataset):
         pad: bool = False,
         augmentation: Augmentation | None = None,
         interpolation: str = "bilinear",
+        max_pixels: int = MAX_PIXELS,
+        colours: bool = True,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -159,6 +164,7 @@ class ShardLoader(Dataset):
         self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.start_step, self.steps, self.interpolation = start_step, steps, interpolation
+        self.max_pixels, self.colours = max_pixels, colours
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
         self.workers, self.prefetch = workers, prefetch
@@ -216,9 +222,12 @@ class ShardLoader(Dataset):
             except Exception:  # a caption that has no ids; asked one by one it is told which
                 if careful:
                     raise
-        pixels = recolour(torch.stack(images), self.augmentation, **key)
+        pixels = torch.stack(images)
+        if self.colours:
+            pixels = recolour(pixels, self.augmentation, **key)
         skipped = sum(fault.count for fault in faults.values())
-        return Batch(pixels, ids, ends, longest, first, skipped, faults, self._by_source(shards))
+        counts = skipped, faults, self._by_source(shards)
+        return Batch(pixels, ids, ends, longest, first, *counts, coloured=self.colours)
 
     def _open_windows(self, places: Sequence[Place]) -> None:
         """Hold the shards of some places' windows, and fetch those that come after."""
@@ -306,9 +315,8 @@ class ShardLoader(Dataset):
         """
 
         def decode(data: bytes) -> Tensor:
-            return decode_crop(
-                data, self.image_size, draws, self.augmentation, self.interpolation, shapes
-            )
+            how = self.augmentation, self.interpolation, shapes
+            return decode_crop(data, self.image_size, draws, *how, max_pixels=self.max_pixels)
 
         for _ in range(_TRIES):
             try:

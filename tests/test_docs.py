@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_icons import pack, sets
 from test_train import flags
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,16 @@ SHORT = {
     '"{folder}/{{0000..0001}}.tar"',
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "-m data.shrink "
     '"{folder}/{{0000..0001}}.tar" {folder}/small --side 16',
+    "python -m data.icons iconify-json-2.2.535.tgz icons": "-m data.icons {folder}/icons.tgz "
+    "{folder}/icons",
+    'python train.py --data "icons/train/*.tar" --data.vocab-size 8000 --stages.short.steps 1200 '
+    "--output runs/icons": 'train.py --data "{folder}/*.tar" {flags}',
+    'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "evaluate.py "
+    '{folder}/trained --shards "{folder}/*.tar"',
+    'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "-m data.bench "
+    '"{folder}/{{0000..0001}}.tar" --image-size 64',
+    "pytest bench/bench_data.py": "-m pytest -p no:cacheprovider bench/bench_data.py "
+    "--benchmark-disable -k 64",
     "pytest bench/bench_train_step.py": "-m pytest -p no:cacheprovider bench/bench_train_step.py "
     '--benchmark-disable -k "fp32 or equal"',
     "python -m bench.bench_train_step": "-m bench.bench_train_step --samples 256 --seeds 1",
@@ -90,6 +101,10 @@ SHOWS = {
     "python -m data.write photos shards": "40 samples, and sizes.json, in ",
     'python -m data.index "shards/{00000..41407}.tar"': "40 samples",
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",
+    "python -m data.icons iconify-json-2.2.535.tgz icons": "drawn now: 244 (",
+    'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "classes: *.tar",
+    'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "40 samples to 64 pixels",
+    "pytest bench/bench_data.py": "3 passed",
     "pytest bench/bench_train_step.py": "2 passed",
     "python -m bench.bench_train_step": "open_clip  new concepts",
     "python -m bench.bench_contrastive 8192": "bf16 open_clip ",
@@ -125,6 +140,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     assert "report.png" in run("train.py", *flags(folder / "trained"))
     (folder / "photos").mkdir()
+    (folder / "classes.txt").write_text("colour 3\ncolour 30\n")
+    pack(folder / "icons.tgz", sets())
     for shard in range(2):
         with tarfile.open(folder / f"{shard:04}.tar", "w") as tar:
             for number in range(20 * shard, 20 * shard + 20):
@@ -164,7 +181,7 @@ def test_readme_commands(command, trained, web):
     if SHORT[command] is None:
         assert (trained / "trained" / "report.png").is_file()
         return
-    output = trained / f"run{[*SHORT].index(command)}"
+    output = trained / f"run{list(SHORT).index(command)}"  # a folder holds one run
     how = {"folder": trained, "web": web, "flags": shlex.join(flags(output))}
     words = SHORT[command].format(**how)
     out = run(*shlex.split(words))

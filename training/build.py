@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipa_kernels import Packed, block_patches, grid_patches, random_patches
+from data.augment import recolour
 from data.batches import Batch
 from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
 from data.index import count, known_sizes, write_tables
@@ -18,7 +19,7 @@ from data.remote import is_remote
 from data.shards import ShardLoader, first_captions
 from data.shelf import Shelf
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
-from models import CLIP, build
+from models import CLIP, build, load_weights, read_weights
 
 from .config import Config
 from .distributed import World
@@ -35,7 +36,7 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
             f"build_model: vocab_size must hold the tokenizer's {vocab_size} entries, "
             f"got {data.vocab_size}"
         )
-    return build(
+    built = build(
         model.size,
         model.patch_size,
         dialect=model.dialect,
@@ -45,6 +46,21 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
         logit_bias=model.init_bias if config.optim.loss == "sigmoid" else None,
         impl=config.run.impl,
     )
+    built.lock(model.lock)
+    return built
+
+
+def load_initial(model: CLIP, path: str) -> None:
+    """Start from weights of open_clip, OpenAI, Hugging Face or an earlier run.
+
+    A logit bias that they lack stays as it is; one that the model lacks is left out.
+    """
+    weights = read_weights(path)
+    if model.logit_bias is None:
+        weights.pop("logit_bias", None)
+    else:
+        weights.setdefault("logit_bias", model.logit_bias.detach())
+    load_weights(model, weights)
 
 
 def open_data(
@@ -137,6 +153,8 @@ def open_batches(
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
         interpolation=config.dialect.interpolation,
+        max_pixels=config.data.max_pixels,
+        colours=world.device.type != "cuda",  # a GPU draws them in passing
         captions=config.caption_keys,
         mix=config.data.mix,
         repeat=config.data.repeat,
@@ -158,7 +176,11 @@ def to_device(
     batch: Batch, step: int, config: Config, stage: str, device: torch.device
 ) -> tuple[Tensor, Packed, Tensor | None]:
     """Images [B, 3, S, S] as a view, packed ids, and the kept patches [B, K] (None: all)."""
-    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    images = batch.images.to(device, non_blocking=True)
+    if not batch.coloured:
+        key = {"seed": config.run.seed, "step": config.first_step(stage) + step}
+        images = recolour(images, config.augment, **key, first_sample=batch.first_sample)
+    images = images.permute(0, 3, 1, 2)
     ids = batch.ids.to(device, non_blocking=True)
     text = Packed(ids, batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
     sizes = config.stages[stage]

@@ -22,6 +22,7 @@ import tyro
 from data.augment import Augmentation
 from data.emoji import CAPTIONS
 from data.files import read_text
+from data.images import MAX_PIXELS
 from data.pairs import Captions
 from data.patterns import sources_of
 from data.sources import weights_of
@@ -72,6 +73,7 @@ class DataPart:
     parts: int = 1  # of a batch and of the shards; with as many as nodes each reads its own alone
     workers: int = 0  # processes that decode images; 0: threads of this one
     cache_gb: float = 100.0  # of remote shards that a machine keeps at most, in its cache folder
+    max_pixels: int = MAX_PIXELS  # of an image file; a larger one is skipped before it is decoded
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class ModelPart:
     """recipe that fixes GELU, norms, text mask, init, decay, clamp, resizing: models/dialects.py"""
     patch_size: int = 8  # pixels a side
     pool: Literal["cls", "mean", "mean-with-cls"] = "mean"  # image feature from the tokens
+    init: Annotated[str, tyro.conf.arg(aliases=["--init"])] = ""
+    """weights to start from, of open_clip, OpenAI, Hugging Face's CLIP or a run: file or folder"""
+    lock: Literal["none", "image", "text"] = "none"  # tower that stays as it starts
     init_scale: float = 1 / 0.07  # exp(logit_scale) at the start; SigLIP takes 10
     init_bias: float = -10.0  # logit_bias at the start, sigmoid loss only
 
@@ -304,6 +309,7 @@ _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
     "data.cache_gb": "(0, 1e9]",
+    "data.max_pixels": "[1, 178956970]",  # above it Pillow refuses by itself
     "data.parts": "[1, 65536]",
     "model.patch_size": "[1, 1024]",
     "model.init_scale": "(0, 1e6]",
@@ -439,6 +445,8 @@ def _check_files(config: Config) -> None:
     if tokenizer not in ("wordpiece", "clip"):
         must = 'be "wordpiece", "clip" or a file (tokenizers JSON or BERT vocab.txt)'
         _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
+    if init := config.model.init:
+        _require(Path(init).exists(), "model.init", "be a file or folder of weights", repr(init))
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run.output).close()

@@ -12,28 +12,21 @@ from .remote import is_remote, is_there, listed
 Pattern = str | Path | Sequence[str | Path]
 
 
-def expand(pattern: Pattern) -> list[Path]:
-    """Shard files of a pattern, or of a list of such.
+def file_names(pattern: Pattern) -> list[str]:
+    """Shard files of a pattern, or of a list of such: paths, and URLs of remote ones.
 
     Braces are bash's: `{000..127}`, `{0..6..2}`, `{a..c}`, `{train,val}`, nested too; then stars,
     question marks and [brackets]; "::" divides patterns. A file or folder that is there by its
-    literal name is meant, so that `laion [aesthetic]/{0000..0099}.tar` finds its files.
+    literal name is meant, so that `laion [aesthetic]/{0000..0099}.tar` finds its files. Of what the
+    braces of a URL name, the first in each folder is asked for, and not a hundred thousand; stars
+    ask the store for its list.
 
     Raises:
         ValueError: a name matches no file, or braces do not pair.
 
-    >>> expand("shards/{00..02}.tar")
+    >>> file_names("shards/{00..02}.tar")
     Traceback (most recent call last):
     ValueError: shards: pattern must name files that are there, got 'shards/00.tar'
-    """
-    return [Path(name) for name in file_names(pattern)]
-
-
-def file_names(pattern: Pattern) -> list[str]:
-    """`expand` as text, and of URLs too.
-
-    Of what the braces of a URL name, the first of each folder is asked for, and not a hundred
-    thousand; stars ask the store for its list.
     """
     if isinstance(pattern, str | Path):
         pattern = sources_of(pattern)

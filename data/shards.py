@@ -78,7 +78,7 @@ class ShardLoader(Dataset):
     """Iterates the batches of tar shards from `start_step` to `steps`; `loader[step]` is any one.
 
     Args:
-        pattern: shard files, as `expand`; "::" divides sources. tokenizer: the text side.
+        pattern: shard files, as `file_names`; "::" divides sources. tokenizer: the text side.
         batch_size: samples of the global batch, over all processes.
         image_size: side of the images in pixels.
         context: tokens of a caption at most, special ones included.
@@ -145,8 +145,7 @@ class ShardLoader(Dataset):
         for source in self.sources:
             self.names += file_names(source)
             self.ends.append(len(self.names))
-        self.cache, self.window, self.captions = cache, window, captions
-        self.shelf = Shelf(cache, cache_gb)
+        self.cache, self.shelf, self.captions = cache, Shelf(cache, cache_gb), captions
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
         self._told: set[int] = set()  # shards whose faults have been told
@@ -167,7 +166,7 @@ class ShardLoader(Dataset):
         self.max_pixels, self.colours = max_pixels, colours
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
-        self.workers, self.prefetch = workers, prefetch
+        self.workers, self.prefetch, self.window = workers, prefetch, window
 
     def __len__(self) -> int:
         return self.steps - self.start_step

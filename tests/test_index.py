@@ -12,14 +12,13 @@ import test_shards
 import torch
 import torch.multiprocessing as mp
 from test_batches import same
-from test_shards import shard_loader
+from test_shards import expand, shard_loader
 
 from clipa_kernels.masking.philox import WINDOW_STREAM
 from data import index
 from data import shards as shards_module
 from data.batches import order
 from data.index import TABLE, known_sizes, main, read_table
-from data.patterns import expand
 from data.shards import ShardLoader
 from training import build, distributed
 

@@ -455,6 +455,9 @@ def test_all_that_takes_shards_takes_urls(web, copies, tmp_path):
     for a, b in zip(read_pairs(far, 16), read_pairs(near, 16), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     evaluation.check_sets(shards=far)
+    assert evaluation.listed_classes(far) == []
+    (copies / "classes.txt").write_text("number 1\nnumber 2\n")
+    assert evaluation.listed_classes(far) == ["number 1", "number 2"]
     for place, name in ((far, "far"), (near, "near")):
         shrink.main([place, str(tmp_path / name), "--side", "16", "--processes", "1"])
     for i in range(5):

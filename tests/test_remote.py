@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import test_shards
 import torch
-from test_batches import same
+from test_batches import joined, same
 from test_shards import shard_loader
 from test_train import flags
 
@@ -87,7 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             if pieces > 1:
-                time.sleep({"slow": 0.05, "silent": 0.6}[fault])
+                time.sleep({"slow": 0.15, "silent": 1.5}[fault])
 
 
 @pytest.fixture
@@ -178,13 +178,29 @@ def test_batches_are_those_of_the_local_shards(kind, workers, copies, numbers, t
         assert tar_gets(place) == {f"0{i}.tar": 1 for i in range(5)}
 
 
+def test_nodes_fetch_their_own_parts(web, numbers, tmp_path):
+    """Each rank has a disk of its own; the batches are those of one process."""
+    how = {"steps": 6, "parts": 2}  # an epoch
+    whole = list(shard_loader(pattern(web.url), numbers, tmp_path / "one", **how))
+    web.got.clear()
+    ranks = [
+        list(shard_loader(pattern(web.url), numbers, tmp_path / str(rank), **how, **place))
+        for rank in (0, 1)
+        for place in [{"rank": rank, "world_size": 2}]
+    ]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(joined(shares), joined([batch]), strict=True))
+    counts = tar_gets(web)
+    assert len(counts) == 5 and sum(counts.values()) == 6  # the third of five is in both parts
+
+
 @pytest.mark.parametrize(
     "faults",
     [["slow"], ["cut", "cut"], ["503", "503"], ["short"], ["long"], ["silent"]],
     ids=lambda faults: "-".join(faults),
 )
 def test_faults_that_pass_are_outlasted(faults, web, copies, monkeypatch):
-    monkeypatch.setattr(remote, "SILENCE", 0.3)
+    monkeypatch.setattr(remote, "SILENCE", 1.0)
     web.faults["/01.tar"] = list(faults)
     path = Shelf().path(f"{web.url}/01.tar")
     assert path.read_bytes() == (copies / "01.tar").read_bytes()

@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from data.emoji import load_emoji, prompts_of
-from data.patterns import expand
+from data.patterns import file_names
 from data.text import Tokenizer
 from models import load_weights
 from training.build import build_model
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         check_range("batch_size", flags.batch_size, "batch_size")
         own_prompts = prompts_in(flags.prompts)
         check_sets(flags.images)
-        _ = expand(flags.shards) if flags.shards else None
+        _ = file_names(flags.shards) if flags.shards else None
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)

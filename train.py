@@ -195,7 +195,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     world.decide(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
-        count_samples(config.data.source, world)
+        count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
             world.decide(lambda: check_captions(config.data.source, config.caption_keys))
     saved = checkpoint.find(config, world, partial(check_resumes, config=config))

@@ -37,7 +37,8 @@ from .cache import Scan, kept_scan
 from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
 from .pairs import USUAL, Captions, Files, Unreadable, captions_of, drawn_of, read_pair
-from .patterns import Pattern, expand, file_names, sources_of
+from .patterns import Pattern, file_names, sources_of
+from .shelf import Shelf
 from .sources import Order, Place, weights_of
 from .tars import CAPTIONS
 from .tars import samples_of as _scan_tar
@@ -77,7 +78,7 @@ class ShardLoader(Dataset):
     """Iterates the batches of tar shards from `start_step` to `steps`; `loader[step]` is any one.
 
     Args:
-        pattern: shard files, as `expand`; "::" divides sources. tokenizer: the text side.
+        pattern: shard files, as `file_names`; "::" divides sources. tokenizer: the text side.
         batch_size: samples of the global batch, over all processes.
         image_size: side of the images in pixels.
         context: tokens of a caption at most, special ones included.
@@ -96,7 +97,8 @@ class ShardLoader(Dataset):
         parts: into how many parts rows and shards are cut; each part of the rows reads its own.
         captions: which caption of a sample is read.
         workers: processes that make batches; 0 makes them here, `prefetch` ahead by a thread.
-        cache: folder for the scans, as load_emoji.
+        cache: folder for the scans and for remote shards, as load_emoji.
+        cache_gb: most gigabytes of remote shards in it.
 
     Raises:
         ValueError: a batch that is empty or does not divide by world_size or parts, a rank outside
@@ -132,6 +134,7 @@ class ShardLoader(Dataset):
         workers: int = 0,
         prefetch: int = 2,
         cache: Path | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         self.rows = local_slice(batch_size, rank, world_size, "ShardLoader")
         augmentation = augmentation or Augmentation()
@@ -142,7 +145,7 @@ class ShardLoader(Dataset):
         for source in self.sources:
             self.names += file_names(source)
             self.ends.append(len(self.names))
-        self.cache, self.window, self.captions = cache, window, captions
+        self.cache, self.shelf, self.captions = cache, Shelf(cache, cache_gb), captions
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
         self._told: set[int] = set()  # shards whose faults have been told
@@ -163,7 +166,7 @@ class ShardLoader(Dataset):
         self.max_pixels, self.colours = max_pixels, colours
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
-        self.workers, self.prefetch = workers, prefetch
+        self.workers, self.prefetch, self.window = workers, prefetch, window
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -196,6 +199,7 @@ class ShardLoader(Dataset):
         shapes = shape_draws(count, self.augmentation, **key)
         keys = self._caption_draws(step)
         places = [self.order.at(first + row + step * self.batch_size) for row in range(count)]
+        self._open_windows(places)
         for careful in (False, True):
             faults: dict[str, Fault] = {}
             rows = [
@@ -223,6 +227,11 @@ class ShardLoader(Dataset):
         skipped = sum(fault.count for fault in faults.values())
         counts = skipped, faults, self._by_source(shards)
         return Batch(pixels, ids, ends, longest, first, *counts, coloured=self.colours)
+
+    def _open_windows(self, places: Sequence[Place]) -> None:
+        """Hold the shards of some places' windows, and fetch those that come after."""
+        now, then = ([self.names[shard] for shard in part] for part in self.order.near(places))
+        self.shelf.keep(now, then)
 
     def _caption_draws(self, step: int) -> list[float]:
         """A number in [0, 1) for each row, which chooses its caption's key."""
@@ -256,17 +265,21 @@ class ShardLoader(Dataset):
         sizes, said = known_sizes(self.names), []
         for shard in np.flatnonzero(sizes < 0).tolist():
             sizes[shard] = len(self._first_scan(shard, said))
+            self.shelf.keep()
         _warn(said)
         return sizes
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
         """A shard's scan; `said` gains what is left out of the shard."""
-        (rows, sentences), kept = _scan(Path(self.names[shard]), self.cache, self.captions.kinds)
+        (rows, sentences), kept = self._scanned(shard)
         said += sentences
         self._told.add(shard)
         if not kept:
             self._held[shard] = rows
         return rows
+
+    def _scanned(self, shard: int) -> tuple[Scan, bool]:
+        return _scan(self.shelf.path(self.names[shard]), self.cache, self.captions.kinds)
 
     def _scan_of(self, shard: int) -> np.ndarray:
         if shard in self._held:
@@ -274,7 +287,7 @@ class ShardLoader(Dataset):
         if shard not in self._scans:
             while len(self._scans) >= 2 * self.window * self.order.streams:
                 self._scans.pop(next(iter(self._scans)), None)
-            (rows, said), _ = _scan(Path(self.names[shard]), self.cache, self.captions.kinds)
+            (rows, said), _ = self._scanned(shard)
             self._scans[shard] = rows
             if len(rows) != self.sizes[shard]:
                 size, held = int(self.sizes[shard]), len(rows)
@@ -318,7 +331,7 @@ class ShardLoader(Dataset):
     def _sample(
         self, at: Place, decode: Callable[[bytes], Tensor], key: float, careful: bool
     ) -> tuple[Tensor, str]:
-        path, row = Path(self.names[at.shard]), at.row
+        path, row = self.shelf.path(self.names[at.shard]), at.row
         try:
             rows = self._scan_of(at.shard)
             if row >= len(rows):
@@ -381,13 +394,14 @@ def first_captions(
     pattern: Pattern,
     count: int = 100_000,
     captions: Captions = USUAL,
+    cache_gb: float = 100.0,
 ) -> list[str]:
     """Captions of the first samples, those that can be read: what a tokenizer may be trained on.
 
     Where captions are drawn by weight, those of all keys.
     """
     found: list[str] = []
-    for file, path, row in _first_rows(pattern, count, captions.kinds):
+    for file, path, row in _first_rows(pattern, count, captions.kinds, cache_gb):
         with contextlib.suppress(Unreadable):
             if captions.weights:
                 found += read_pair(file, path, row, read=drawn_of, captions=captions)[1]
@@ -460,16 +474,19 @@ def read_pairs(
 
 
 def _first_rows(
-    pattern: Pattern, count: int, kinds: Sequence[str]
+    pattern: Pattern, count: int, kinds: Sequence[str], cache_gb: float = 100.0
 ) -> Iterator[tuple[BinaryIO, Path, list[int]]]:
     """An open shard, its path and a row of its scan, for the first `count` samples in order."""
-    for path in expand(pattern):
+    shelf = Shelf(None, cache_gb)
+    for name in file_names(pattern):
+        path = shelf.path(name)
         (found, said), _ = _scan(path, None, kinds)
         _warn(said)
         rows = found[:count].tolist()
         count -= len(rows)
         with open(path, "rb") as file:
             yield from ((file, path, row) for row in rows)
+        shelf.keep()
         if count == 0:
             return
 

@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import http.server
 import importlib
 import io
 import os
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def commands():
 
 
 # What is run for a command, in this Python: shorter, smaller, and within {folder}, which holds two
-# shards and `trained`, the output of `python train.py`.
+# shards and `trained`, the output of `python train.py`, and lies on the web as {web}.
 SHORT = {
     "python train.py": None,  # by the fixture `trained`
     "python train.py --help": "train.py --help",
@@ -67,6 +69,8 @@ SHORT = {
     '--captions "caption;synthetic" --caption-weights "1;3" --output runs/mixed': "train.py "
     '--data "{folder}/0000.tar::{folder}/0001.tar" --mix 3::1 --captions "caption;synthetic" '
     '--caption-weights "1;3" {flags}',
+    'python train.py --data "s3://bucket/pairs/{00000..41407}.tar" --data.cache-gb 200 '
+    "--output runs/far": 'train.py --data "{web}/{{0000..0001}}.tar" --data.cache-gb 0.001 {flags}',
     "python -m data.write photos shards": "-m data.write {folder}/photos {folder}/written",
     'python -m data.index "shards/{00000..41407}.tar"': "-m data.index "
     '"{folder}/{{0000..0001}}.tar"',
@@ -115,7 +119,12 @@ TESTS = "pytest -n auto --dist loadfile"
 @functools.lru_cache  # two commands may be shortened to one
 def run(*words):
     # torch.compile compares a rival of the losses, and takes most of a minute.
-    changed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+    changed = {
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
     env = {**os.environ, **changed, "PYTHONPATH": str(ROOT)}
     for name in [name for name in env if name == "TRITON_INTERPRET" or "PYTEST" in name]:
         del env[name]
@@ -148,17 +157,33 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def web(trained):
+    """The folder `trained` on a web server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    files = functools.partial(Quiet, directory=trained)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     "command", [c for c in commands() if c not in (*INSTALLS, TESTS)], ids=lambda c: c[:48]
 )
-def test_readme_commands(command, trained):
+def test_readme_commands(command, trained, web):
     """Each runs to its end, shortened."""
     assert command in SHORT, f"no test runs the README's command: {command}"
     if SHORT[command] is None:
         assert (trained / "trained" / "report.png").is_file()
         return
     output = trained / f"run{list(SHORT).index(command)}"  # a folder holds one run
-    words = SHORT[command].format(folder=trained, flags=shlex.join(flags(output)))
+    how = {"folder": trained, "web": web, "flags": shlex.join(flags(output))}
+    words = SHORT[command].format(**how)
     out = run(*shlex.split(words))
     assert SHOWS.get(command, str(trained)) in out
 

@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +14,10 @@ from data.augment import recolour
 from data.batches import Batch
 from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
 from data.index import count, known_sizes, write_tables
-from data.patterns import expand
+from data.patterns import file_names
+from data.remote import is_remote
 from data.shards import ShardLoader, first_captions
+from data.shelf import Shelf
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
 from models import CLIP, build, load_weights, read_weights
 
@@ -97,27 +98,29 @@ def open_data(
         if pairs:
             captions = pairs.training_captions()
         else:
-            captions = first_captions(config.data.source, captions=config.caption_keys)
+            how = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
+            captions = first_captions(config.data.source, **how)
         trained = train_wordpiece(captions, config.data.vocab_size, start=False)
         return Tokenizer(trained).to_json()
 
     return pairs, Tokenizer.from_json(world.decide(choose))
 
 
-def count_samples(pattern: str, world: World) -> None:
+def count_samples(pattern: str, world: World, cache_gb: float = 100.0) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
-    paths = world.together(lambda: expand(pattern))
-    world.require_same({"the number of shards": len(paths)})
-    missing = world.sum(torch.from_numpy((known_sizes(paths) < 0).astype(np.int64)))
+    names, shelf = world.together(lambda: file_names(pattern)), Shelf(None, cache_gb)
+    world.require_same({"the number of shards": len(names)})
+    known = world.together(lambda: known_sizes(names))
+    missing = world.sum(torch.from_numpy((known < 0).astype(np.int64)))
     unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
-    counted: list[tuple[Path, int]] = []
+    counted: list[tuple[str, int]] = []
     bar = tqdm(total=len(unknown), unit="shard", disable=not (unknown and world.is_main))
     for start in range(0, len(unknown), 16 * world.size):  # in step, so that none waits for long
-        part = [paths[place] for place in unknown[start : start + 16 * world.size]]
+        part = [names[place] for place in unknown[start : start + 16 * world.size]]
         sizes, wrong = torch.zeros(len(part), dtype=torch.int64), None
         for place in range(world.rank, len(part), world.size):
             try:
-                sizes[place] = count(part[place])
+                sizes[place] = count(part[place], shelf)
             except (ValueError, OSError) as error:
                 wrong = error
                 break
@@ -126,7 +129,9 @@ def count_samples(pattern: str, world: World) -> None:
         counted += zip(part, world.sum(sizes).tolist(), strict=True)
         bar.update(len(part))
     bar.close()
-    if world.is_main and counted and (refused := write_tables(counted)):
+    if not world.is_main:  # a store that takes no table leaves it to each node's cache
+        counted = [(name, size) for name, size in counted if is_remote(name)]
+    if refused := write_tables(counted, beside=world.is_main):
         world.print(f"{refused[0]} cannot be written; shards are counted again by the next run")
     world.barrier()
 
@@ -171,6 +176,7 @@ def open_batches(
         repeat=config.data.repeat,
         parts=config.data.parts,
         workers=config.data.workers,
+        cache_gb=config.data.cache_gb,
         **common,
     )
     loader = world.together(make)

@@ -58,7 +58,8 @@ class DataPart:
     """Pairs of images and captions."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "emoji"
-    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar"; "a.tar::b.tar": two sources"""
+    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar", "s3://bucket/{00..99}.tar";
+    "a.tar::b.tar": two sources"""
     tokenizer: str = "wordpiece"  # trained on the captions; "clip"; or a tokenizers.json, vocab.txt
     vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
     captions: Annotated[str, tyro.conf.arg(aliases=["--captions"])] = "names"
@@ -71,6 +72,7 @@ class DataPart:
     repeat: bool = False  # with a mix: a source that ends begins again before the others end
     parts: int = 1  # of a batch and of the shards; with as many as nodes each reads its own alone
     workers: int = 0  # processes that decode images; 0: threads of this one
+    cache_gb: float = 100.0  # of remote shards that a machine keeps at most, in its cache folder
     max_pixels: int = MAX_PIXELS  # of an image file; a larger one is skipped before it is decoded
 
 
@@ -306,6 +308,7 @@ def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
 _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
+    "data.cache_gb": "(0, 1e9]",
     "data.max_pixels": "[1, 178956970]",  # above it Pillow refuses by itself
     "data.parts": "[1, 65536]",
     "model.patch_size": "[1, 1024]",

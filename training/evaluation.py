@@ -20,10 +20,11 @@ from torch import Tensor
 from clipa_kernels import Packed
 from data.augment import resize
 from data.emoji import PROMPTS, EmojiPairs
-from data.files import read_text
+from data.files import decoded, read_text
 from data.folders import class_names, read_folder
 from data.pairs import USUAL, Captions
 from data.patterns import file_names
+from data.remote import is_remote, read_small
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
@@ -232,9 +233,16 @@ def listed_classes(pattern: str) -> list[str]:
     ValueError: shards: pattern must name files that are there, got ''
     """
     folders = dict.fromkeys(map(os.path.dirname, file_names(pattern)))
-    lists = [path for folder in folders if (path := Path(folder, "classes.txt")).is_file()]
-    lines = [read_text(path, "evaluate").splitlines() for path in lists]
-    return list(dict.fromkeys(name for one in lines for line in one if (name := line.strip())))
+    lines = [line.strip() for folder in folders for line in _classes_in(folder).splitlines()]
+    return [name for name in dict.fromkeys(lines) if name]
+
+
+def _classes_in(folder: str) -> str:
+    """The text of classes.txt in a folder, local or remote; empty where there is none."""
+    if is_remote(folder):
+        return decoded(read_small([f"{folder}/classes.txt"])[0] or b"")
+    path = Path(folder, "classes.txt")
+    return read_text(path, "evaluate") if path.is_file() else ""
 
 
 def evaluate_classes(

@@ -39,7 +39,7 @@ _KEYS = {
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
 _FREE = re.compile(
-    r"preset|config|data\.workers|run\.(?!seed$|precision$)\w+|stages\.\w+\.accumulate"
+    r"preset|config|data\.(workers|cache_gb)|run\.(?!seed$|precision$)\w+|stages\.\w+\.accumulate"
 )
 # What must agree between a checkpoint and the run that resumes it; the rest may be changed.
 _SAME_MODEL = (

@@ -8,6 +8,7 @@ Every flag is a field of training/config.py's Config. A step, the loop of a stag
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from models import CLIP, load_weights
 from training import checkpoint, report
 from training.build import (
     build_model,
+    check_resumes,
     count_samples,
     load_initial,
     open_batches,
@@ -43,7 +45,7 @@ from training.optim import (
     set_learning_rate,
     unwrap,
 )
-from training.run import Run, StopSignal, evaluation, finish, identity, log_step
+from training.run import Run, StopSignal, evaluation, finish, identity, log_step, owned
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
 
@@ -196,7 +198,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
         count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
             world.decide(lambda: check_captions(config.data.source, config.caption_keys))
-    saved = checkpoint.find(config, world)
+    saved = checkpoint.find(config, world, partial(check_resumes, config=config))
     pairs, tokenizer = open_data(config, saved, world)
     for stage in config.running:
         rehearse(config, stage, tokenizer, world)
@@ -217,6 +219,9 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     run, saved = start(config, world, stop)
     model, stages = None, config.running
     for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
+        if world.any(bool(stop)):
+            world.print(f"{stop.name or 'stopped'}: before stage {stage}")
+            return
         torch.manual_seed(config.run.seed)
         weights = None if model is None else model.state_dict()
         model = build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
@@ -226,7 +231,6 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
             world.together(lambda model=model: load_initial(model, config.model.init))
         optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
-            checkpoint.check_matches(saved, config, model, stage)
             done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
         run.guard = SpikeGuard(optimizer, config.optim.skip_above, spikes)
         began, done = done, run_stage(run, stage, model, optimizer, done)
@@ -251,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         run = config.run
         world = setup(run.device, threads=run.threads, timeout=run.timeout)
         try:
-            with StopSignal() as stop:
+            with owned(run.output, world), StopSignal() as stop:
                 train(config, world, stop)
         finally:
             world.close()

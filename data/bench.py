@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     try:
         seconds, count = times(flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last: CLIP's table is not installed
         raise SystemExit(f"data.bench: {error}") from error
     finally:
         torch.set_num_threads(threads)

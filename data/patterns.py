@@ -38,6 +38,15 @@ def file_names(pattern: Pattern) -> list[str]:
     return found
 
 
+def expand(pattern: Pattern) -> list[Path]:
+    """`file_names` as paths, for local files.
+
+    >>> expand([__file__]) == [Path(__file__)]
+    True
+    """
+    return [Path(name) for name in file_names(pattern)]
+
+
 def _local(pattern: str) -> list[str]:
     found, (base, rest) = [], _split(pattern)
     for tail in _braces(rest):

@@ -38,6 +38,7 @@ from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
 from .pairs import USUAL, Captions, Files, Unreadable, captions_of, drawn_of, read_pair
 from .patterns import Pattern, file_names, sources_of
+from .patterns import expand as expand
 from .shelf import Shelf
 from .sources import Order, Place, weights_of
 from .tars import CAPTIONS

@@ -9,6 +9,7 @@ from PIL import Image
 from test_shards_damaged import put
 
 from data import bench
+from data.text import Tokenizer, train_wordpiece
 
 STAGES = ("read", "decode", "crop", "jitter", "tokenise")
 
@@ -23,12 +24,19 @@ def shard(tmp_path, monkeypatch) -> Path:
             Image.new("RGB", (24, 18), (number % 256, 0, 0)).save(file, "JPEG")
             put(tar, f"{number}.jpg", b"<html>" if number == 7 else file.getvalue())
             put(tar, f"{number}.txt", b"\xff" if number == 270 else b"a picture")
+    tokenizer = Tokenizer(train_wordpiece(["a picture"], 60))
+    (tmp_path / "words.json").write_text(tokenizer.to_json())
     return tmp_path / "a.tar"
+
+
+def run(shard: Path, *flags: str) -> None:
+    words = () if "--tokenizer" in flags else ("--tokenizer", str(shard.with_name("words.json")))
+    bench.main([str(shard), *words, *flags])
 
 
 @pytest.mark.parametrize("change", [[], ["--augment.brightness", "0.3", "--augment.warp", "0.1"]])
 def test_every_stage_is_timed_and_makes_the_sum(shard, capsys, change):
-    bench.main([str(shard), "--image-size", "16", "--gpu-images-per-s", "3000", *change])
+    run(shard, "--image-size", "16", "--gpu-images-per-s", "3000", *change)
     head, *rows, end = capsys.readouterr().out.splitlines()
     assert head.split() == ["us", "a", "sample", "samples/s"]
     spent = {row.split()[0]: float(row.split()[1].replace(",", "")) for row in rows}
@@ -41,7 +49,7 @@ def test_every_stage_is_timed_and_makes_the_sum(shard, capsys, change):
 
 
 def test_only_as_many_samples_as_asked(shard, capsys):
-    bench.main([str(shard), "--samples", "5", "--image-size", "8"])
+    run(shard, "--samples", "5", "--image-size", "8")
     assert "\n5 samples to 8 pixels" in capsys.readouterr().out
 
 
@@ -62,4 +70,4 @@ def test_what_will_not_do_is_a_sentence(shard, flags, sentence):
             put(tar, "1.txt", b"x")
         shard, flags = shard.with_name("broken.tar"), []
     with pytest.raises(SystemExit, match=f"^data.bench: .*{sentence}"):
-        bench.main([str(shard), *flags])
+        run(shard, *flags)

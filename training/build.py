@@ -21,8 +21,10 @@ from data.shelf import Shelf
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
 from models import CLIP, build, load_weights, read_weights
 
+from . import checkpoint
 from .config import Config
 from .distributed import World
+from .optim import SpikeGuard, adamw
 
 
 def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
@@ -48,6 +50,20 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
     )
     built.lock(model.lock)
     return built
+
+
+def check_resumes(state: dict, config: Config) -> None:
+    """ValueError unless the run can go on from a state; tried on a model without memory."""
+    with torch.device("meta"):
+        model = build_model(config, state["stage"])
+        optimizer = adamw(model, config)
+    checkpoint.check_matches(state, config, model, state["stage"])
+    before = checkpoint.rng_state()
+    try:
+        checkpoint.restore_optimizer(state, optimizer)
+        SpikeGuard(optimizer, config.optim.skip_above, state["spikes"])
+    finally:
+        checkpoint.set_rng_state(before)
 
 
 def load_initial(model: CLIP, path: str) -> None:

@@ -1,16 +1,24 @@
 """A run from outside its loop: what the stages share, signals, the log, checkpoints, the report."""
 
 import contextlib
+import errno
 import hashlib
 import math
+import os
 import platform
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from data.batches import Batch, Tally
 from data.emoji import EmojiPairs, prompts_of
@@ -76,6 +84,37 @@ def identity(config: Config) -> dict[str, object]:
     return {**flat(config), "the code": code.hexdigest()[:8], **versions}
 
 
+@contextlib.contextmanager
+def owned(folder: str, world: World) -> Iterator[None]:
+    """Hold the output folder for one run; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    if not world.is_main or fcntl is None:
+        world.decide(lambda: None)
+        yield
+        return
+    with open(Path(folder) / ".lock", "ab+") as file:
+
+        def hold() -> None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks
+                file.seek(0)
+                by = file.read(100).decode(errors="replace") or "another"
+                must = "must be of one run at a time"
+                raise ValueError(f"train: {folder} {must}, got one that runs ({by})") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+            file.flush()
+
+        world.decide(hold)
+        yield
+
+
 @dataclass
 class Run:
     """What the stages share."""
@@ -94,6 +133,8 @@ class Run:
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
         run = self.config.run
+        if self.world.is_main and not Path(run.output).is_dir():
+            raise RuntimeError(f"train: {run.output} must stay while it runs, got no such folder")
         checkpoint.check_finite(model, optimizer, run.output, stage, done)
         if self.world.is_main:
             state = checkpoint.pack_state(

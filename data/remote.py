@@ -186,7 +186,8 @@ def _sentence(url: str, error: Exception) -> str:
     elif missing:
         must, came = "be there", "no such file"
     elif "Credential" in type(error).__name__:
-        must, came = "be read with credentials", f"none ({came})"
+        public = " (of a public bucket without: FSSPEC_S3_ANON=true)" * url.startswith("s3")
+        must, came = f"be read with credentials{public}", f"none ({came})"
     elif isinstance(error, PermissionError) or _status(error) in (401, 403):
         must = "be one that these credentials may read"
     else:

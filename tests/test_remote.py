@@ -266,7 +266,7 @@ def test_no_credentials_and_no_package_are_sentences(bucket, monkeypatch):
     for name in KEYS:
         monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(ValueError, match=r"00\.tar must be read with credentials, got none"):
+    with pytest.raises(ValueError, match=r"00\.tar must be read with credentials .*, got none"):
         file_names(pattern(bucket))
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(

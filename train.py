@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
-from data.batches import Batch, Tally, describe_faults
+from data.batches import Batch, Tally
 from data.files import write_whole
 from data.pairs import USUAL
 from data.shards import check_captions
@@ -33,7 +33,7 @@ from training.build import (
     rehearse,
     to_device,
 )
-from training.config import Config, describe, parse, to_json, validate
+from training.config import Config, describe, flat, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
 from training.feed import fed
@@ -45,7 +45,8 @@ from training.optim import (
     set_learning_rate,
     unwrap,
 )
-from training.run import Run, StopSignal, evaluation, finish, identity, log_step, owned
+from training.run import Run, StopSignal, evaluation, finish, identity, log_step, owned, remarks
+from training.watch import Tracer, watcher, window_of
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
 
@@ -160,8 +161,11 @@ def run_stage(
     stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
+    steps = window_of(config.run.profile if world.is_main else "")
+    tracer = Tracer(steps, Path(config.run.output) / f"trace-{stage}.json")
     model.train()
     while done < sizes.steps:
+        tracer(done)
         with meter.waiting():
             batch = next(stream)
         values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
@@ -171,9 +175,8 @@ def run_stage(
         shown = {}
         if done % config.run.log_every == 0 or done == sizes.steps:
             row = log_step(run, stage, done, values, meter, batch, model, tally)
-            if tally.faults:  # of this process's share
-                told = describe_faults(tally.faults)
-                bar.message(f"{stage} {done}: samples skipped: {told}")
+            for words in remarks(run, stage, done, row, tally):
+                bar.message(words)
             tally, shown = Tally(), {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)
         seconds[stage] = before + time.perf_counter() - began
@@ -184,6 +187,7 @@ def run_stage(
             run.save(stage, model, optimizer, done)
         if stopping:
             break
+    tracer.close()
     bar.close()
     return done
 
@@ -202,6 +206,8 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     pairs, tokenizer = open_data(config, saved, world)
     for stage in config.running:
         rehearse(config, stage, tokenizer, world)
+    kind = config.run.watch if world.is_main else "none"
+    watch = world.together(lambda: watcher(kind, Path(config.run.output), flat(config)))
     world.print(describe(config))
     log = None
     if world.is_main:
@@ -211,7 +217,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
         with write_whole(folder / "config.json") as file:
             file.write(to_json(config).encode())
     metrics = {"seconds": {}, "stages": {}} | (saved["metrics"] if saved else {})
-    return Run(config, world, stop, pairs, tokenizer, log, metrics), saved
+    return Run(config, world, stop, pairs, tokenizer, log, metrics, watch=watch), saved
 
 
 def train(config: Config, world: World, stop: StopSignal) -> None:

@@ -29,6 +29,7 @@ from data.sources import weights_of
 from models import DIALECTS, SIZES, Dialect
 
 from .presets import PRESETS
+from .watch import window_of
 
 Preset = Literal[tuple(PRESETS)]
 
@@ -132,6 +133,9 @@ class RunPart:
     keep_every: int = 0  # steps between checkpoints that stay for good; 0: none does
     keep_checkpoints: int = 2  # newest ones kept
     log_every: int = 20  # steps between lines of the log
+    watch: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """where the numbers of the log are shown too"""
+    profile: str = ""  # steps of each stage to trace, "20:25": trace-<stage>.json in output
     eval_images: str = ""  # evaluated after each stage: folder of one folder of pictures a class
     eval_shards: str = ""  # evaluated after each stage: tar shards to retrieve from
 
@@ -358,6 +362,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     for name in config.running:
         _check_stage(config, name, world_size)
     _check_data(config)
+    window_of(config.run.profile)
     _check_files(config)
 
 

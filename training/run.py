@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from data.batches import Batch, Tally
+from data.batches import Batch, Tally, describe_faults
 from data.emoji import EmojiPairs, prompts_of
 from data.text import Tokenizer
 from models import CLIP, forward_flops
@@ -30,6 +30,7 @@ from .config import Config, flat
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
 from .optim import SpikeGuard, learning_rate
+from .watch import Watch, advice
 
 _STOPS = [  # Windows has no SIGUSR1
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
@@ -128,6 +129,8 @@ class Run:
     metrics: dict  # seconds and figures of each stage so far
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
     guard: SpikeGuard | None = None  # of the stage that runs
+    watch: Watch = lambda step, row: None
+    advised: set[str] = field(default_factory=set)  # stages whose advice was given
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
@@ -202,7 +205,24 @@ def log_step(
     }
     if run.log is not None:
         run.log.write(stage=stage, step=done, **row)
+        run.watch(run.config.first_step(stage) + done, row)
     return row
+
+
+def remarks(run: Run, stage: str, done: int, row: dict, tally: Tally) -> list[str]:
+    """What a line of the log makes worth saying: samples left out; once a stage, what to change."""
+    said = []
+    if tally.faults:  # of this process's share
+        said.append(f"{stage} {done}: samples skipped: {describe_faults(tally.faults)}")
+    data, device = run.config.data, run.world.device
+    memory = None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    told = advice(row, memory, data.source != "emoji", data.workers)
+    if told and stage not in run.advised:
+        run.advised.add(stage)
+        said.append(f"{stage} {done}: {told}")
+    return said
 
 
 def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[str, int]]:

@@ -46,7 +46,17 @@ from training.optim import (
     set_learning_rate,
     unwrap,
 )
-from training.run import Run, StopSignal, evaluation, finish, identity, log_step, owned, remarks
+from training.run import (
+    Run,
+    StopSignal,
+    evaluation,
+    finish,
+    identity,
+    log_step,
+    look,
+    owned,
+    remarks,
+)
 from training.watch import Tracer, watcher, window_of
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
@@ -188,6 +198,9 @@ def run_stage(
             run.save(stage, model, optimizer, done)
         if stopping:
             break
+        every = config.run.eval_every
+        if every and done % every == 0 and done < sizes.steps:
+            bar.message(look(run, stage, done, model))
     tracer.close()
     bar.close()
     return done
@@ -251,12 +264,10 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
             return
         if done > began or stage not in run.metrics["stages"]:
             run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
-            if world.is_main:
-                run.metrics["stages"][stage] = evaluation(run, stage, model)
+            run.metrics["stages"][stage] = evaluation(run, stage, model)
             run.save(stage, model, optimizer, done)
             world.barrier()
-    if world.is_main:
-        finish(run, stages[-1], model)
+    finish(run, stages[-1], model)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -138,6 +138,7 @@ class RunPart:
     watch: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """where the numbers of the log are shown too"""
     profile: str = ""  # steps of each stage to trace, "20:25": trace-<stage>.json in output
+    eval_every: int = 0  # steps between evaluations; 0: after each stage alone
     eval_images: str = ""  # evaluated after each stage: folder of one folder of pictures a class
     eval_shards: str = ""  # evaluated after each stage: tar shards to retrieve from
 
@@ -335,6 +336,7 @@ _RANGES = {
     "run.keep_every": "[0, 1e18]",
     "run.keep_checkpoints": "[1, 1e18]",
     "run.log_every": "[1, 1e18]",
+    "run.eval_every": "[0, 1e18]",
     "image_size": "[1, 4096]",  # from here on: of each stage
     "image_drop": "[0, 1)",
     "context": "[2, 4096]",

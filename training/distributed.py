@@ -103,6 +103,19 @@ class World:
             raise error or SystemExit(1)  # told by the process that met it
         return made
 
+    def share(self, count: int, make: Callable[[int], Tensor]) -> list[Tensor]:
+        """make(0), ... make(count - 1), in order, on every process; each makes every size-th.
+
+        Args:
+            make: gives a tensor on the CPU. Every process must come with the same count.
+        """
+        own = [make(number) for number in range(self.rank, count, self.size)]
+        if self.size == 1:
+            return own
+        shares: list[list[Tensor]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(shares, own)
+        return [shares[number % self.size][number // self.size] for number in range(count)]
+
     def require_same(self, values: Mapping[str, object]) -> None:
         """ValueError on every process unless each came with rank 0's values; says what differs.
 

@@ -8,7 +8,7 @@ Pictures from files are resized as the model's dialect says.
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,12 @@ from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
 
+from .distributed import World
+
 # For pictures of one's own: a few of OpenAI's templates for ImageNet.
 PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
+
+_TOGETHER = 8  # batches of a folder's pictures that are held for processes to share
 
 
 @dataclass
@@ -42,33 +46,44 @@ class Encoder:
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_size: int = 256
+    world: World | None = None  # whose processes share the work, and must all call it
 
     def _run(self, function, *inputs) -> Tensor:
         fast = self.dtype != torch.float32
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=fast):
             return F.normalize(function(*inputs).float(), dim=-1).cpu()
 
+    def _features(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
+        """Of batches 0 to count - 1, which the processes share; on all of them, in order.
+
+        What a batch is does not depend on the number of processes, so nor do the features.
+        """
+        share = World(0, 0, 1, self.device).share if self.world is None else self.world.share
+        parts = share(count, make)
+        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
+
     def images(self, images: Tensor) -> Tensor:
         """uint8 [n, H, W, 3] of any size, squashed to the model's -> [n, E]."""
-        size = self.model.visual.config.image_size
-        parts = [
-            self._run(
-                self.model.encode_image, resize(part, size).permute(0, 3, 1, 2).to(self.device)
-            )
-            for part in images.split(self.batch_size)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
+        size, parts = self.model.visual.config.image_size, images.split(self.batch_size)
+
+        def make(number: int) -> Tensor:
+            pixels = resize(parts[number], size).permute(0, 3, 1, 2)
+            return self._run(self.model.encode_image, pixels.to(self.device))
+
+        return self._features(len(parts) if len(images) else 0, make)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Captions -> [n, E]."""
-        config, parts = self.model.config, []
-        for first in range(0, len(texts), self.batch_size):
-            part = texts[first : first + self.batch_size]
+        config, step = self.model.config, self.batch_size
+
+        def make(number: int) -> Tensor:
+            part = texts[number * step : (number + 1) * step]
             pad = config.pool == "last"
             ids, ends, longest = self.tokenizer.encode(part, config.context, pad=pad)
             packed = Packed(ids.to(self.device), ends.to(self.device), longest)
-            parts.append(self._run(self.model.encode_text, packed))
-        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
+            return self._run(self.model.encode_text, packed)
+
+        return self._features(-(-len(texts) // step), make)
 
     def classes(self, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
         """Class features [C, E]: mean over the prompts of each name, normalised again."""
@@ -194,7 +209,7 @@ def evaluate_folder(
             continue
         found.append(path)
         pixels.append(picture)
-        if len(pixels) == encoder.batch_size:
+        if len(pixels) == encoder.batch_size * _TOGETHER:
             features.append(encoder.images(torch.stack(pixels)))
             pixels = []
     if not found:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import math
 import os
 import platform
@@ -238,24 +239,42 @@ def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[st
 
 
 def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
-    """Figures of each split after a stage; keeps the pictures for the report."""
+    """Figures of each split, by all processes; keeps the pictures for the report."""
     dtype = autocast_dtype(run.config.run.precision, run.world.device)
-    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype)
+    training = model.training
+    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype, world=run.world)
     began = time.perf_counter()
     captions = run.config.caption_keys.for_retrieval()
     extra = (run.config.run.eval_images, run.config.run.eval_shards, captions)
     prompts = prompts_of(run.config.data.captions)
-    figures, run.shown = evaluate(encoder, run.pairs, prompts, *extra)
-    run.metrics["seconds"][f"{stage} evaluation"] = time.perf_counter() - began
+    figures, run.shown = run.world.together(lambda: evaluate(encoder, run.pairs, prompts, *extra))
+    model.train(training)
+    seconds = run.metrics["seconds"]
+    name = f"{stage} evaluation"
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
     return figures
 
 
+def look(run: Run, stage: str, done: int, model: CLIP) -> str:
+    """Evaluate in mid-stage: a line in evaluations.jsonl, and the best figures in words."""
+    figures = evaluation(run, stage, model)
+    if run.world.is_main:
+        row = json.dumps({"stage": stage, "step": done, "figures": figures})
+        with open(Path(run.config.run.output) / "evaluations.jsonl", "a") as file:
+            file.write(row + "\n")
+    name, first = next(iter(figures.items()))
+    key = "top1" if "top1" in first else "image_to_text_r1"
+    return f"{stage} {done}: {name}: {key} {100 * first[key]:.1f}"
+
+
 def finish(run: Run, stage: str, model: CLIP) -> None:
-    """results.json, the picture, and where all of it lies."""
+    """results.json, the picture, and where all of it lies; every process must call it."""
+    if run.shown is None:  # a finished run that is asked again, of other sets perhaps
+        run.metrics["stages"][stage] = evaluation(run, stage, model)
+    if not run.world.is_main:
+        return
     folder = Path(run.config.run.output)
     results = {**run.metrics, "config": asdict(run.config), "torch": torch.__version__}
-    if run.shown is None:  # a finished run that is asked again, of other sets perhaps
-        results["stages"][stage] = evaluation(run, stage, model)
     report.write_results(folder / "results.json", results)
     rows = report.read_rows(folder / "log.jsonl")
     report.picture(folder / "report.png", rows=rows, results=results, **run.shown)

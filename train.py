@@ -35,6 +35,7 @@ from training.optim import (
     unwrap,
 )
 from training.run import Run, StopSignal, evaluation, finish, identity, log_step
+from training.shard import shard, unsharded
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
 
@@ -203,13 +204,18 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
 def train(config: Config, world: World, stop: StopSignal) -> None:
     """The stages in time order: build, load, loop, evaluate; then the report."""
     run, saved = start(config, world, stop)
-    model, stages = None, config.running
+    whole, stages = None, config.running
     for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
         torch.manual_seed(config.run.seed)
-        weights = None if model is None else model.state_dict()
-        model = build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
+        weights = None if whole is None else whole.state_dict()
+
+        def build(stage: str = stage) -> CLIP:
+            return build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
+
+        model = build()
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
+        shard(model, world, config.run.shard)
         optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
             checkpoint.check_matches(saved, config, model, stage)
@@ -219,14 +225,15 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         if done < config.stages[stage].steps:
             world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage}")
             return
+        whole = unsharded(model, build)
         if done > began or stage not in run.metrics["stages"]:
             run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
             if world.is_main:
-                run.metrics["stages"][stage] = evaluation(run, stage, model)
+                run.metrics["stages"][stage] = evaluation(run, stage, whole)
             run.save(stage, model, optimizer, done)
             world.barrier()
     if world.is_main:
-        finish(run, stages[-1], model)
+        finish(run, stages[-1], whole)
 
 
 def main(argv: list[str] | None = None) -> None:

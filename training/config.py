@@ -118,6 +118,8 @@ class RunPart:
     """of weights, order, crops and masks"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
     compile: bool = False  # torch.compile the model; pays on long runs
+    shard: Literal["none", "optimizer", "full"] = "none"
+    """of several processes each keeps its part of moments and gradients; full: of weights too"""
     threads: int = 0  # CPU threads of torch; 0: as torch decides
     timeout: float = 600.0  # seconds that a process waits for the others before it ends
     save_every: int = 500  # steps between checkpoints

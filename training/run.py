@@ -94,18 +94,18 @@ class Run:
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
         run = self.config.run
-        checkpoint.check_finite(model, optimizer, run.output, stage, done)
+        checkpoint.check_finite(model, optimizer, run.output, stage, done, self.world)
+        state = checkpoint.pack_state(
+            model,
+            optimizer,
+            self.config,
+            stage,
+            step=done,
+            tokenizer=self.tokenizer.to_json(),
+            metrics=self.metrics,
+            spikes=self.guard.state() if self.guard else {},
+        )
         if self.world.is_main:
-            state = checkpoint.pack_state(
-                model,
-                optimizer,
-                self.config,
-                stage,
-                step=done,
-                tokenizer=self.tokenizer.to_json(),
-                metrics=self.metrics,
-                spikes=self.guard.state() if self.guard else {},
-            )
             checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
         self.saved = time.monotonic()
 

@@ -2,7 +2,8 @@
 
 python evaluate.py runs/emoji                             the embedded drawings, split by split
 python evaluate.py runs/emoji --images photos             a folder of one folder a class
-python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards
+python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards, and
+                                                          classification, by val/classes.txt
 """
 
 import json
@@ -12,14 +13,14 @@ from pathlib import Path
 import tyro
 
 from data.emoji import load_emoji, prompts_of
-from data.patterns import expand
+from data.patterns import file_names
 from data.text import Tokenizer
 from models import load_weights
 from training.build import build_model
 from training.checkpoint import latest, load, weights
 from training.config import check_range, from_json
 from training.distributed import autocast_dtype, setup
-from training.evaluation import Encoder, check_sets, evaluate, table
+from training.evaluation import Encoder, check_sets, evaluate, prompts_in, table
 from training.evaluation import evaluate_folder as evaluate_folder
 from training.evaluation import evaluate_shards as evaluate_shards
 from training.report import sentences
@@ -31,7 +32,10 @@ class Flags:
 
     checkpoint: tyro.conf.Positional[str]  # a file, or a run's folder: its newest one
     images: str = ""  # folder of class folders to classify
-    shards: str = ""  # tar shards to retrieve from
+    shards: str = ""
+    """tar shards to retrieve from; where a classes.txt lies beside them, one name a line, pictures
+    that have one of the names for a caption are classified among them"""
+    prompts: str = ""  # templates to classify with, parted by ";", as "a photo of a {}.;{}"
     device: str = "auto"  # auto: cuda where there is one, else cpu
     batch_size: int = 256  # images or captions at a time
     json: bool = False  # print JSON instead of a table
@@ -42,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size, "batch_size")
+        own_prompts = prompts_in(flags.prompts)
         check_sets(flags.images)
-        _ = expand(flags.shards) if flags.shards else None
+        _ = file_names(flags.shards) if flags.shards else None
         world = setup(flags.device)
         path = Path(flags.checkpoint)
         state = latest(path) if path.is_dir() else load(path)
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
         prompts = prompts_of(config.data.captions)
-        sets = (flags.images, flags.shards, captions)
+        sets = (flags.images, flags.shards, captions, own_prompts)
         results, _ = evaluate(encoder, pairs, prompts, *sets)
         print(json.dumps(results, indent=2) if flags.json else table(results))
 

@@ -14,6 +14,8 @@ train = [
     "pillow",
     "tokenizers",
     "braceexpand",  # "{0000..0099}.tar", as webdataset reads it
+    "fsspec",  # shards in object stores and on web servers
+    "aiohttp",  # its reader of https://
     "tyro",  # flags out of the Config dataclass
     "tqdm",
     "matplotlib",  # the report picture
@@ -24,6 +26,7 @@ train = [
     "resvg-py>=0.5.0",  # draws the SVGs
     "openai-clip==1.0.1",  # CLIP's merge table, MIT; a small package that needs no torchvision
     "ftfy",  # CLIP's vocabulary mends broken text with it
+    "safetensors",  # weights to start from, of open_clip and Hugging Face
     "textblob>=0.20.1",  # the part-of-speech lexicon for syntax masking
 ]
 bench = [
@@ -43,6 +46,8 @@ test = [
     "timm==1.0.31",
     "transformers>=5",
     "pyarrow",
+    "s3fs",
+    "moto[server]",  # an S3 server for the tests, Apache-2.0
     "ruff",
     "build",
     "setuptools",
@@ -63,6 +68,8 @@ setup(
         "train": train,
         "test": test,
         "bench": [*train, *bench],
+        "s3": ["s3fs"],  # shards at s3://
+        "gcs": ["gcsfs"],  # and at gs://
         "parquet": ["pyarrow"],  # tables that data.write reads
         "gpu": ["flash-attn", "xformers"],  # rivals; never needed to import, train or test
     },

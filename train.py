@@ -8,6 +8,7 @@ Every flag is a field of training/config.py's Config. A step, the loop of a stag
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,16 +17,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
-from data.batches import Batch, Tally, describe_faults
+from data.batches import Batch, Tally
 from data.files import write_whole
 from data.pairs import USUAL
 from data.shards import check_captions
 from models import CLIP, load_weights
 from training import checkpoint, report
-from training.build import build_model, count_samples, open_batches, open_data, rehearse, to_device
-from training.config import Config, describe, parse, to_json, validate
+from training.build import (
+    build_model,
+    check_resumes,
+    count_samples,
+    load_initial,
+    open_batches,
+    open_data,
+    rehearse,
+    to_device,
+)
+from training.config import Config, describe, flat, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
+from training.feed import fed
 from training.optim import (
     SpikeGuard,
     adamw,
@@ -34,8 +45,9 @@ from training.optim import (
     set_learning_rate,
     unwrap,
 )
-from training.run import Run, StopSignal, evaluation, finish, identity, log_step
+from training.run import Run, StopSignal, evaluation, finish, identity, log_step, owned, remarks
 from training.shard import shard, unsharded
+from training.watch import Tracer, watcher, window_of
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
 
@@ -59,7 +71,9 @@ def train_step(
     def loss_of(features: dict[str, Tensor]) -> Tensor:
         return pair_loss(config.optim.loss, world, **features)
 
-    with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+    # Nothing cast for one part may serve the next: FSDP2 would miss gradients of its weights.
+    fast = dict(enabled=dtype != torch.float32, cache_enabled=False)
+    with torch.autocast(world.device.type, dtype, **fast):
         if sizes.accumulate == 1:
             out = model(images, text, keep)
             loss = loss_of(out)
@@ -117,17 +131,19 @@ def accumulated(
     whole = dict(outs[0])
     for name in ("image_features", "text_features"):
         whole[name] = torch.cat([out[name] for out in outs])
-    whole = {name: value.requires_grad_() for name, value in whole.items()}
+    locked = f"{unwrap(model).locked}_features"
+    whole = {name: value.requires_grad_(name != locked) for name, value in whole.items()}
     loss = loss_of(whole)
     loss.backward()
-    grads_of = {n: whole[n].grad.chunk(len(parts)) for n in ("image_features", "text_features")}
+    trained = [name for name in ("image_features", "text_features") if name != locked]
+    grads_of = {name: whole[name].grad.chunk(len(parts)) for name in trained}
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = last
         out = model(*part)
         grads = {name: each[index] for name, each in grads_of.items()}
-        for name in out.keys() - grads.keys():  # scale and bias: once
+        for name in out.keys() - grads.keys() - {locked}:  # scale and bias: once
             grads[name] = whole[name].grad if last else torch.zeros_like(whole[name])
         torch.autograd.backward([out[n] for n in grads], list(grads.values()))
     return whole, loss
@@ -144,11 +160,15 @@ def run_stage(
     seconds, began = run.metrics["seconds"], time.perf_counter()
     before = seconds.get(stage, 0.0)
     wrapped = wrap(model, world, config.run.compile)
-    stream = iter(open_batches(config, stage, run.pairs, run.tokenizer, world, done))
+    batches = open_batches(config, stage, run.pairs, run.tokenizer, world, done)
+    stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
+    steps = window_of(config.run.profile if world.is_main else "")
+    tracer = Tracer(steps, Path(config.run.output) / f"trace-{stage}.json")
     model.train()
     while done < sizes.steps:
+        tracer(done)
         with meter.waiting():
             batch = next(stream)
         values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
@@ -158,9 +178,8 @@ def run_stage(
         shown = {}
         if done % config.run.log_every == 0 or done == sizes.steps:
             row = log_step(run, stage, done, values, meter, batch, model, tally)
-            if tally.faults:  # of this process's share
-                told = describe_faults(tally.faults)
-                bar.message(f"{stage} {done}: samples skipped: {told}")
+            for words in remarks(run, stage, done, row, tally):
+                bar.message(words)
             tally, shown = Tally(), {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)
         seconds[stage] = before + time.perf_counter() - began
@@ -171,6 +190,7 @@ def run_stage(
             run.save(stage, model, optimizer, done)
         if stopping:
             break
+    tracer.close()
     bar.close()
     return done
 
@@ -182,13 +202,15 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     world.decide(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
-        count_samples(config.data.source, world)
+        count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
             world.decide(lambda: check_captions(config.data.source, config.caption_keys))
-    saved = checkpoint.find(config, world)
+    saved = checkpoint.find(config, world, partial(check_resumes, config=config))
     pairs, tokenizer = open_data(config, saved, world)
     for stage in config.running:
         rehearse(config, stage, tokenizer, world)
+    kind = config.run.watch if world.is_main else "none"
+    watch = world.together(lambda: watcher(kind, Path(config.run.output), flat(config)))
     world.print(describe(config))
     log = None
     if world.is_main:
@@ -198,7 +220,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
         with write_whole(folder / "config.json") as file:
             file.write(to_json(config).encode())
     metrics = {"seconds": {}, "stages": {}} | (saved["metrics"] if saved else {})
-    return Run(config, world, stop, pairs, tokenizer, log, metrics), saved
+    return Run(config, world, stop, pairs, tokenizer, log, metrics, watch=watch), saved
 
 
 def train(config: Config, world: World, stop: StopSignal) -> None:
@@ -206,6 +228,9 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     run, saved = start(config, world, stop)
     whole, stages = None, config.running
     for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
+        if world.any(bool(stop)):
+            world.print(f"{stop.name or 'stopped'}: before stage {stage}")
+            return
         torch.manual_seed(config.run.seed)
         weights = None if whole is None else whole.state_dict()
 
@@ -215,10 +240,11 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         model = build()
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
+        elif config.model.init and not saved:
+            world.together(lambda model=model: load_initial(model, config.model.init))
         shard(model, world, config.run.shard)
         optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
-            checkpoint.check_matches(saved, config, model, stage)
             done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
         run.guard = SpikeGuard(optimizer, config.optim.skip_above, spikes)
         began, done = done, run_stage(run, stage, model, optimizer, done)
@@ -244,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         run = config.run
         world = setup(run.device, threads=run.threads, timeout=run.timeout)
         try:
-            with StopSignal() as stop:
+            with owned(run.output, world), StopSignal() as stop:
                 train(config, world, stop)
         finally:
             world.close()

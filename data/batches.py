@@ -60,6 +60,7 @@ class Batch(NamedTuple):
     skipped: unreadable samples so far on this process.
     faults: those met for this batch, by kind, one of KINDS.
     sources: its samples by source, where there are several.
+    coloured: whether the images have their augmentation's colours; if not, `recolour` is to come.
     """
 
     images: Tensor
@@ -70,6 +71,7 @@ class Batch(NamedTuple):
     skipped: int
     faults: dict[str, Fault] = {}  # noqa: RUF012 (never changed in place)
     sources: dict[str, int] = {}  # noqa: RUF012
+    coloured: bool = True
 
 
 class Tally:

@@ -7,17 +7,23 @@ numbers that `augment` draws from. Every function here
     shows the first frame of an animation, and white where an image is transparent;
     takes whole numbers of more than 8 bits for 16 bits, and floats up to 1 for shares of 255;
     refuses a file of more than MAX_PIXELS by its header, before any pixel is decoded.
+
+The papers' loaders turn nothing: open_clip and CLIPA v1 take Pillow's pixels as they lie in the
+file, CLIPA v2's tf.io.decode_image ignores EXIF too, and so did img2dataset when it wrote LAION
+again without EXIF. On its shards both ways are therefore the same; in others a picture is turned
+here because people, who wrote its caption, saw it turned.
 """
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from .augment import Augmentation, _boxes, _cut, _to_uint8
+from .augment import Augmentation, _cut, _to_uint8, one_box
 
 MAX_PIXELS = 89_478_485  # Pillow warns of a file above it; decoded it holds 341 MiB
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -33,7 +39,7 @@ _TURNS = {  # by EXIF orientation; from 5 on height and width change places
 
 
 class TooManyPixels(ValueError):
-    """An image file's size is above MAX_PIXELS."""
+    """An image file has more pixels than are allowed."""
 
 
 def decode_crop(
@@ -43,6 +49,8 @@ def decode_crop(
     augmentation: Augmentation,
     interpolation: str = "bilinear",
     shapes: Tensor | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """`augment`'s change of one image file, all but the colours (see `recolour`).
 
@@ -54,6 +62,7 @@ def decode_crop(
             bilinear.
         interpolation: "bilinear" or "bicubic", both antialiased.
         shapes: float32 [34], the sample's row of `shape_draws`; only warp and outline need it.
+        max_pixels: a file of more is refused by its header; Pillow itself refuses twice MAX_PIXELS.
 
     Returns:
         uint8 [size, size, 3].
@@ -65,31 +74,20 @@ def decode_crop(
     _check_interpolation("decode_crop", interpolation)
     if shapes is None and (augmentation.warp or augmentation.outline):
         raise ValueError("decode_crop: shapes must be given for warp and outline, got None")
+    numbers = draws.tolist()
 
     def crop(image: Image.Image) -> Tensor:
-        before = _upright_size(image)
-        box = _boxes(before[1], before[0], draws[None], augmentation)
-        top, left, tall, wide = (int(side) for side in box)
-        # Shrunk in the decoder only so far that the crop keeps `size` pixels a side.
-        need = (math.ceil(before[0] * size / wide), math.ceil(before[1] * size / tall))
-        image = _load(image, need)
+        image, (top, left, tall, wide) = _loaded_for(image, size, numbers, augmentation)
         if augmentation.leaves_the_crop:
-            # Read at points, which is sharp from up to twice the result's size.
-            image = image.reduce(
-                tuple(max(1, a // b) for a, b in zip(image.size, need, strict=True))
-            )
-        x, y = image.width / before[0], image.height / before[1]
-        if augmentation.leaves_the_crop:
-            box = (box[0] * y, box[1] * x, box[2] * y, box[3] * x)
+            box = [torch.tensor([side]) for side in (top, left, tall, wide)]
             given = shapes if shapes is None else shapes[None]
             planes = _cut(_pixels(image)[None], size, box, draws[None], given, augmentation)
             return _to_uint8(planes)[0]
-        box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
-        image = image.resize((size, size), _PILLOW[interpolation], box=box)
-        pixels = _pixels(image)
-        return pixels.flip(1) if float(draws[-1]) < augmentation.flip else pixels
+        box = (left, top, left + wide, top + tall)
+        pixels = _pixels(image.resize((size, size), _PILLOW[interpolation], box=box))
+        return pixels.flip(1) if numbers[-1] < augmentation.flip else pixels
 
-    return _guarded("decode_crop", data, crop)
+    return _guarded("decode_crop", data, crop, max_pixels)
 
 
 def decode_square(
@@ -138,6 +136,22 @@ def shrunk(data: bytes, side: int, quality: int = 90) -> bytes | None:
         return file.getvalue()
 
     return _guarded("shrunk", data, work)
+
+
+def _loaded_for(
+    image: Image.Image, size: int, numbers: list[float], augmentation: Augmentation
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """The image as small as its crop allows, and the crop in it: top, left, height, width."""
+    before = _upright_size(image)
+    top, left, tall, wide = one_box(before[1], before[0], numbers, augmentation)
+    # Shrunk in the decoder only so far that the crop keeps `size` pixels a side.
+    need = (math.ceil(before[0] * size / wide), math.ceil(before[1] * size / tall))
+    image = _load(image, need)
+    if augmentation.leaves_the_crop:
+        # Read at points, which is sharp from up to twice the result's size.
+        image = image.reduce(tuple(max(1, a // b) for a, b in zip(image.size, need, strict=True)))
+    x, y = image.width / before[0], image.height / before[1]
+    return image, (top * y, left * x, tall * y, wide * x)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -194,11 +208,11 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
-def _guarded(function: str, data: bytes, work) -> Tensor:
+def _guarded(function: str, data: bytes, work, max_pixels: int = MAX_PIXELS) -> Any:
     """Any complaint of the decoder as one ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height <= MAX_PIXELS:
+            if image.width * image.height <= max_pixels:
                 return work(image)
             came = f"{image.width} x {image.height}"
     except Image.DecompressionBombError as error:  # at twice MAX_PIXELS Pillow looks no further
@@ -211,7 +225,7 @@ def _guarded(function: str, data: bytes, work) -> Tensor:
         raise ValueError(
             f"{function}: data must be a whole image, got {len(data)} bytes ({error})"
         ) from error
-    raise TooManyPixels(f"{function}: an image must have at most {MAX_PIXELS} pixels, got {came}")
+    raise TooManyPixels(f"{function}: an image must have at most {max_pixels} pixels, got {came}")
 
 
 def _check_interpolation(function: str, interpolation: str) -> None:

@@ -7,43 +7,76 @@ from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from .remote import is_remote, is_there, listed
+
 Pattern = str | Path | Sequence[str | Path]
 
 
-def expand(pattern: Pattern) -> list[Path]:
-    """Shard files of a pattern, or of a list of such.
+def file_names(pattern: Pattern) -> list[str]:
+    """Shard files of a pattern, or of a list of such: paths, and URLs of remote ones.
 
     Braces are bash's: `{000..127}`, `{0..6..2}`, `{a..c}`, `{train,val}`, nested too; then stars,
     question marks and [brackets]; "::" divides patterns. A file or folder that is there by its
-    literal name is meant, so that `laion [aesthetic]/{0000..0099}.tar` finds its files.
+    literal name is meant, so that `laion [aesthetic]/{0000..0099}.tar` finds its files. Of what the
+    braces of a URL name, the first in each folder is asked for, and not a hundred thousand; stars
+    ask the store for its list.
 
     Raises:
         ValueError: a name matches no file, or braces do not pair.
 
-    >>> expand("shards/{00..02}.tar")
+    >>> file_names("shards/{00..02}.tar")
     Traceback (most recent call last):
     ValueError: shards: pattern must name files that are there, got 'shards/00.tar'
+    """
+    if isinstance(pattern, str | Path):
+        pattern = sources_of(pattern)
+    found, asked = [], set()
+    for one in map(str, pattern):
+        found += _remote(one, asked) if is_remote(one) else _local(one.removeprefix("file://"))
+    if not found:
+        raise ValueError("shards: pattern must name at least one file, got none")
+    return found
+
+
+def expand(pattern: Pattern) -> list[Path]:
+    """`file_names` as paths, for local files.
+
+    >>> expand([__file__]) == [Path(__file__)]
+    True
     """
     return [Path(name) for name in file_names(pattern)]
 
 
-def file_names(pattern: Pattern) -> list[str]:
-    """`expand` as text: of a hundred thousand shards a fifth of the memory."""
-    if isinstance(pattern, str | Path):
-        pattern = sources_of(pattern)
-    found = []
-    for one in pattern:
-        base, rest = _split(str(one))
-        for tail in _braces(rest):
-            matches = sorted(_matches(base, tail))
-            if not matches or not all(map(os.path.isfile, matches)):
-                raise ValueError(
-                    f"shards: pattern must name files that are there, got {base + tail!r}"
-                )
-            found += matches
-    if not found:
-        raise ValueError("shards: pattern must name at least one file, got none")
+def _local(pattern: str) -> list[str]:
+    found, (base, rest) = [], _split(pattern)
+    for tail in _braces(rest):
+        matches = sorted(_matches(base, tail))
+        if not matches or not all(map(os.path.isfile, matches)):
+            raise _nothing(base + tail)
+        found += matches
     return found
+
+
+def _remote(pattern: str, asked: set[str]) -> list[str]:
+    found = []
+    for url in _braces(pattern):
+        # A question mark and brackets are parts of web addresses.
+        if "*" in url or ("?" in url and not url.startswith("http")):
+            named = listed(url)
+            if not named:
+                raise _nothing(url)
+            found += named
+            continue
+        folder = url.rpartition("/")[0]
+        if folder not in asked and not is_there(url):
+            raise _nothing(url)
+        asked.add(folder)
+        found.append(url)
+    return found
+
+
+def _nothing(name: str) -> ValueError:
+    return ValueError(f"shards: pattern must name files that are there, got {name!r}")
 
 
 def sources_of(

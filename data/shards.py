@@ -34,10 +34,12 @@ from clipa_kernels.masking.philox import CAPTION_STREAM
 from .augment import Augmentation, recolour, sample_draws, shape_draws
 from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice
 from .cache import Scan, kept_scan
-from .images import _check_interpolation, decode_crop, decode_square
+from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
 from .pairs import USUAL, Captions, Files, Unreadable, captions_of, drawn_of, read_pair
-from .patterns import Pattern, expand, file_names, sources_of
+from .patterns import Pattern, file_names, sources_of
+from .patterns import expand as expand
+from .shelf import Shelf
 from .sources import Order, Place, weights_of
 from .tars import CAPTIONS
 from .tars import samples_of as _scan_tar
@@ -77,7 +79,7 @@ class ShardLoader(Dataset):
     """Iterates the batches of tar shards from `start_step` to `steps`; `loader[step]` is any one.
 
     Args:
-        pattern: shard files, as `expand`; "::" divides sources. tokenizer: the text side.
+        pattern: shard files, as `file_names`; "::" divides sources. tokenizer: the text side.
         batch_size: samples of the global batch, over all processes.
         image_size: side of the images in pixels.
         context: tokens of a caption at most, special ones included.
@@ -85,6 +87,9 @@ class ShardLoader(Dataset):
         strategy, pad: how captions are cut and filled, as Tokenizer.encode.
         augmentation: strengths, as `decode_crop` and `recolour`; None is the plain crop.
         interpolation: "bilinear" (CLIPA-v2) or "bicubic" (CLIPA v1).
+        max_pixels: of an image file; a larger one is a sample that cannot be read.
+        colours: whether `augmentation`'s colours are drawn here; if not, `recolour` is left to the
+            caller, who may do it on another device, keyed by the same seed and step.
         seed: key of order, crops, colours and masks.
         rank, world_size: which share of the global batch this process takes.
         window: shards whose samples are mixed.
@@ -93,7 +98,8 @@ class ShardLoader(Dataset):
         parts: into how many parts rows and shards are cut; each part of the rows reads its own.
         captions: which caption of a sample is read.
         workers: processes that make batches; 0 makes them here, `prefetch` ahead by a thread.
-        cache: folder for the scans, as load_emoji.
+        cache: folder for the scans and for remote shards, as load_emoji.
+        cache_gb: most gigabytes of remote shards in it.
 
     Raises:
         ValueError: a batch that is empty or does not divide by world_size or parts, a rank outside
@@ -116,6 +122,8 @@ class ShardLoader(Dataset):
         pad: bool = False,
         augmentation: Augmentation | None = None,
         interpolation: str = "bilinear",
+        max_pixels: int = MAX_PIXELS,
+        colours: bool = True,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -127,6 +135,7 @@ class ShardLoader(Dataset):
         workers: int = 0,
         prefetch: int = 2,
         cache: Path | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         self.rows = local_slice(batch_size, rank, world_size, "ShardLoader")
         augmentation = augmentation or Augmentation()
@@ -137,7 +146,7 @@ class ShardLoader(Dataset):
         for source in self.sources:
             self.names += file_names(source)
             self.ends.append(len(self.names))
-        self.cache, self.window, self.captions = cache, window, captions
+        self.cache, self.shelf, self.captions = cache, Shelf(cache, cache_gb), captions
         self._held: dict[int, np.ndarray] = {}  # scans that the cache would not take
         self._scans: dict[int, np.ndarray] = {}  # a few of the others
         self._told: set[int] = set()  # shards whose faults have been told
@@ -155,9 +164,10 @@ class ShardLoader(Dataset):
         self.tokenizer, self.augmentation = tokenizer, augmentation
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.start_step, self.steps, self.interpolation = start_step, steps, interpolation
+        self.max_pixels, self.colours = max_pixels, colours
         self.text = {"context": context, "strategy": strategy, "pad": pad}
         tokenizer.encode([], **self.text)  # what it refuses now would be each sample's fault later
-        self.workers, self.prefetch = workers, prefetch
+        self.workers, self.prefetch, self.window = workers, prefetch, window
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -190,6 +200,7 @@ class ShardLoader(Dataset):
         shapes = shape_draws(count, self.augmentation, **key)
         keys = self._caption_draws(step)
         places = [self.order.at(first + row + step * self.batch_size) for row in range(count)]
+        self._open_windows(places)
         for careful in (False, True):
             faults: dict[str, Fault] = {}
             rows = [
@@ -211,9 +222,17 @@ class ShardLoader(Dataset):
             except Exception:  # a caption that has no ids; asked one by one it is told which
                 if careful:
                     raise
-        pixels = recolour(torch.stack(images), self.augmentation, **key)
+        pixels = torch.stack(images)
+        if self.colours:
+            pixels = recolour(pixels, self.augmentation, **key)
         skipped = sum(fault.count for fault in faults.values())
-        return Batch(pixels, ids, ends, longest, first, skipped, faults, self._by_source(shards))
+        counts = skipped, faults, self._by_source(shards)
+        return Batch(pixels, ids, ends, longest, first, *counts, coloured=self.colours)
+
+    def _open_windows(self, places: Sequence[Place]) -> None:
+        """Hold the shards of some places' windows, and fetch those that come after."""
+        now, then = ([self.names[shard] for shard in part] for part in self.order.near(places))
+        self.shelf.keep(now, then)
 
     def _caption_draws(self, step: int) -> list[float]:
         """A number in [0, 1) for each row, which chooses its caption's key."""
@@ -247,17 +266,21 @@ class ShardLoader(Dataset):
         sizes, said = known_sizes(self.names), []
         for shard in np.flatnonzero(sizes < 0).tolist():
             sizes[shard] = len(self._first_scan(shard, said))
+            self.shelf.keep()
         _warn(said)
         return sizes
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
         """A shard's scan; `said` gains what is left out of the shard."""
-        (rows, sentences), kept = _scan(Path(self.names[shard]), self.cache, self.captions.kinds)
+        (rows, sentences), kept = self._scanned(shard)
         said += sentences
         self._told.add(shard)
         if not kept:
             self._held[shard] = rows
         return rows
+
+    def _scanned(self, shard: int) -> tuple[Scan, bool]:
+        return _scan(self.shelf.path(self.names[shard]), self.cache, self.captions.kinds)
 
     def _scan_of(self, shard: int) -> np.ndarray:
         if shard in self._held:
@@ -265,7 +288,7 @@ class ShardLoader(Dataset):
         if shard not in self._scans:
             while len(self._scans) >= 2 * self.window * self.order.streams:
                 self._scans.pop(next(iter(self._scans)), None)
-            (rows, said), _ = _scan(Path(self.names[shard]), self.cache, self.captions.kinds)
+            (rows, said), _ = self._scanned(shard)
             self._scans[shard] = rows
             if len(rows) != self.sizes[shard]:
                 size, held = int(self.sizes[shard]), len(rows)
@@ -292,9 +315,8 @@ class ShardLoader(Dataset):
         """
 
         def decode(data: bytes) -> Tensor:
-            return decode_crop(
-                data, self.image_size, draws, self.augmentation, self.interpolation, shapes
-            )
+            how = self.augmentation, self.interpolation, shapes
+            return decode_crop(data, self.image_size, draws, *how, max_pixels=self.max_pixels)
 
         for _ in range(_TRIES):
             try:
@@ -310,7 +332,7 @@ class ShardLoader(Dataset):
     def _sample(
         self, at: Place, decode: Callable[[bytes], Tensor], key: float, careful: bool
     ) -> tuple[Tensor, str]:
-        path, row = Path(self.names[at.shard]), at.row
+        path, row = self.shelf.path(self.names[at.shard]), at.row
         try:
             rows = self._scan_of(at.shard)
             if row >= len(rows):
@@ -373,13 +395,14 @@ def first_captions(
     pattern: Pattern,
     count: int = 100_000,
     captions: Captions = USUAL,
+    cache_gb: float = 100.0,
 ) -> list[str]:
     """Captions of the first samples, those that can be read: what a tokenizer may be trained on.
 
     Where captions are drawn by weight, those of all keys.
     """
     found: list[str] = []
-    for file, path, row in _first_rows(pattern, count, captions.kinds):
+    for file, path, row in _first_rows(pattern, count, captions.kinds, cache_gb):
         with contextlib.suppress(Unreadable):
             if captions.weights:
                 found += read_pair(file, path, row, read=drawn_of, captions=captions)[1]
@@ -452,16 +475,19 @@ def read_pairs(
 
 
 def _first_rows(
-    pattern: Pattern, count: int, kinds: Sequence[str]
+    pattern: Pattern, count: int, kinds: Sequence[str], cache_gb: float = 100.0
 ) -> Iterator[tuple[BinaryIO, Path, list[int]]]:
     """An open shard, its path and a row of its scan, for the first `count` samples in order."""
-    for path in expand(pattern):
+    shelf = Shelf(None, cache_gb)
+    for name in file_names(pattern):
+        path = shelf.path(name)
         (found, said), _ = _scan(path, None, kinds)
         _warn(said)
         rows = found[:count].tolist()
         count -= len(rows)
         with open(path, "rb") as file:
             yield from ((file, path, row) for row in rows)
+        shelf.keep()
         if count == 0:
             return
 

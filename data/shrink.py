@@ -23,7 +23,9 @@ from tqdm import tqdm
 from .files import write_whole
 from .images import shrunk
 from .index import TABLE, count, write_tables
-from .patterns import expand
+from .patterns import file_names
+from .remote import base_name
+from .shelf import Shelf
 from .tars import IMAGES
 
 
@@ -36,13 +38,20 @@ class Shrunk(NamedTuple):
     said: str
 
 
-def shrink(path: Path, folder: Path, side: int, quality: int) -> Shrunk:
+def shrink(name: str, folder: Path, side: int, quality: int, shelf: Shelf) -> Shrunk:
     """Write a shard's small copy, of the same name, into a folder.
 
     Raises:
-        ValueError: the file is not an uncompressed tar.
+        ValueError: the file is not an uncompressed tar, or cannot be fetched.
     """
-    target, unread, said = folder / path.name, 0, ""
+    try:
+        return _shrink(shelf.path(name), folder / base_name(name), side, quality)
+    finally:
+        shelf.keep()
+
+
+def _shrink(path: Path, target: Path, side: int, quality: int) -> Shrunk:
+    unread, said = 0, ""
     try:
         with (
             tarfile.open(path, "r:") as tar,
@@ -82,6 +91,7 @@ class Flags:
     side: int = 128  # pixels of the shorter side
     quality: int = 90  # of JPEG
     processes: int = 0  # that work; 0: one a core
+    cache_gb: float = 100.0  # of remote shards that are kept here at most
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,14 +107,16 @@ def _all(flags: Flags) -> str:
     for name, least, most in (("side", 1, 4096), ("quality", 1, 100), ("processes", 0, 4096)):
         if not least <= (value := getattr(flags, name)) <= most:
             raise ValueError(f"shrink: {name} must be in [{least}, {most}], got {value}")
-    paths, folder = expand(flags.pattern), Path(flags.folder)
-    if len({path.name for path in paths}) < len(paths):
+    names, folder = file_names(flags.pattern), Path(flags.folder)
+    small = [folder / base_name(name) for name in names]
+    if len({*small}) < len(names):
         raise ValueError("shrink: shards must have names of their own, got two of one name")
-    if any(path.parent.resolve() == folder.resolve() for path in paths):
+    if any(Path(name).parent.resolve() == folder.resolve() for name in names):
         raise ValueError(f"shrink: the folder must be another than the shards', got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in paths if not (folder / path.name).exists()]
-    work = partial(shrink, folder=folder, side=flags.side, quality=flags.quality)
+    todo = [name for name, path in zip(names, small, strict=True) if not path.exists()]
+    how = dict(folder=folder, side=flags.side, quality=flags.quality)
+    work = partial(shrink, **how, shelf=Shelf(None, flags.cache_gb))
     done = []
     workers = max(1, min(flags.processes or os.cpu_count() or 1, len(todo)))
     with ProcessPoolExecutor(workers) as pool:
@@ -112,7 +124,6 @@ def _all(flags: Flags) -> str:
             done.append(one)
             if one.said:
                 warnings.warn(f"shrink: {one.said}", stacklevel=2)
-    small = [folder / path.name for path in paths]
     refused = write_tables((path, count(path)) for path in small)
     before, after, unread = (sum(getattr(one, n) for one in done) for n in Shrunk._fields[:3])
     left = f"; {unread:,} pictures could not be read" if unread else ""

@@ -10,6 +10,7 @@ names; the same input gives the same bytes.
 
 import csv
 import io
+import itertools
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,20 +49,25 @@ def write_shards(samples: Iterable[Sample], folder: Path, per_shard: int = 10_00
     folder.mkdir(parents=True, exist_ok=True)
     sizes: list[tuple[Path, int]] = []
     stream, total = iter(samples), 0
-    held = next(stream, None)
-    while held is not None:
-        path, first = folder / f"{len(sizes):05d}.tar", total
-        with (
-            write_whole(path) as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            while held is not None and total - first < per_shard:
-                for extension, data in held.items():
-                    add_member(tar, f"{total:09d}.{extension}", data)
-                total += 1
-                held = next(stream, None)
-        sizes.append((path, total - first))
+    for held in stream:
+        path = folder / f"{len(sizes):05d}.tar"
+        some = itertools.islice(stream, per_shard - 1)
+        sizes.append((path, write_shard(path, itertools.chain([held], some), total)))
+        total += sizes[-1][1]
     write_tables(sizes)
+    return total
+
+
+def write_shard(path: Path, samples: Iterable[Sample], first: int = 0) -> int:
+    """Write one tar whose samples are named by their place, from `first` on; their number."""
+    total = 0
+    with (
+        write_whole(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for total, sample in enumerate(samples, 1):
+            for extension, data in sample.items():
+                add_member(tar, f"{first + total - 1:09d}.{extension}", data)
     return total
 
 

@@ -1,7 +1,9 @@
-"""Minimal encoders: transformer.py, vit.py, text.py, clip.py with the sizes, dialects.py."""
+"""Minimal encoders: transformer.py, vit.py, text.py, clip.py with the sizes, dialects.py,
+pretrained.py."""
 
 from .clip import CLIP, SIZES, build, configs, forward_flops, load_weights, plain_keys
 from .dialects import DIALECTS, Dialect
+from .pretrained import read_weights
 from .text import TextConfig, TextTransformer, resize_text_positions
 from .vit import VisionConfig, VisionTransformer, resize_positions, sincos_2d
 
@@ -19,6 +21,7 @@ __all__ = [
     "forward_flops",
     "load_weights",
     "plain_keys",
+    "read_weights",
     "resize_positions",
     "resize_text_positions",
     "sincos_2d",

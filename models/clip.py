@@ -51,7 +51,7 @@ class CLIP(TextTransformer):
         impl: str = "auto",
     ):
         super().__init__(text, embed_dim, impl)
-        self.embed_dim, self.dialect = embed_dim, dialect
+        self.embed_dim, self.dialect, self.locked = embed_dim, dialect, "none"
         self.visual = VisionTransformer(vision, embed_dim, impl)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         self.logit_bias = None
@@ -70,14 +70,35 @@ class CLIP(TextTransformer):
     def forward(
         self, images: Tensor, text: Packed | Tensor, keep: Tensor | None = None
     ) -> dict[str, Tensor]:
+        graph = torch.is_grad_enabled()
+        with torch.set_grad_enabled(graph and self.locked != "image"):
+            image_features = F.normalize(self.encode_image(images, keep), dim=-1)
+        with torch.set_grad_enabled(graph and self.locked != "text"):
+            text_features = F.normalize(self.encode_text(text), dim=-1)
         out = {
-            "image_features": F.normalize(self.encode_image(images, keep), dim=-1),
-            "text_features": F.normalize(self.encode_text(text), dim=-1),
+            "image_features": image_features,
+            "text_features": text_features,
             "logit_scale": self.logit_scale.exp(),
         }
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias
         return out
+
+    def lock(self, tower: str) -> None:
+        """Leave a tower as it is: no gradient reaches it, and its pass keeps no graph.
+
+        Args:
+            tower: "image" or "text"; "none" trains both.
+        """
+        if tower not in ("none", "image", "text"):
+            raise ValueError(f"lock: tower must be image, text or none, got {tower!r}")
+        fixed = self.visual.config.positions != "learnable"
+        for name, parameter in self.named_parameters():
+            own = "image" if name.startswith("visual.") else "text"
+            table = fixed and name == "visual.positional_embedding"  # which never trains
+            free = name in ("logit_scale", "logit_bias") or own != tower
+            parameter.requires_grad_(free and not table)
+        self.locked = tower
 
     def set_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward, and compute the block again."""

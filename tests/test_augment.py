@@ -215,9 +215,18 @@ def test_augmentation_does_not_depend_on_how_a_batch_is_split(pictures):
         assert not torch.equal(augment(pictures, 24, FULL, first_sample=8, **other), whole)
 
 
+def test_colours_do_not_depend_on_how_a_batch_is_split():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (5, 400, 300, 3), generator=generator, dtype=torch.uint8)
+    whole = recolour(images, FULL, first_sample=7, **KEY)
+    each = [recolour(images[i : i + 1], FULL, first_sample=7 + i, **KEY) for i in range(5)]
+    assert torch.equal(torch.cat(each), whole)
+
+
 def test_empty_batch_of_images():
     none = torch.empty(0, 72, 72, 3, dtype=torch.uint8)
     assert augment(none, 16, FULL, **KEY).shape == (0, 16, 16, 3)
+    assert recolour(none, FULL, **KEY).shape == none.shape
     assert resize(none, 16).shape == (0, 16, 16, 3)
 
 

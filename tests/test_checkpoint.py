@@ -244,8 +244,9 @@ CHANGES_NOTHING = {
     "preset": "clipa-v1-b16", "data__workers": 3, "stages__short__accumulate": 2,
     "stages__full__accumulate": 4, "run__eval_images": "right", "run__eval_shards": "right.tar",
     "run__device": "cpu", "run__compile": True, "run__impl": "torch", "run__threads": 2,
-    "run__shard": "full", "run__save_every": 7, "run__timeout": 9.0, "run__save_minutes": 1.0,
-    "run__keep_every": 4, "run__keep_checkpoints": 3, "run__log_every": 9,
+    "run__save_every": 7, "run__timeout": 9.0, "run__save_minutes": 1.0, "data__cache_gb": 7.0,
+    "run__shard": "full", "run__keep_every": 4, "run__watch": "wandb", "run__profile": "1:2",
+    "run__keep_checkpoints": 3, "run__log_every": 9,
 }  # fmt: skip
 CHANGES_TRAINING = {
     "stages__short__lr": 0.2, "stages__short__steps": 11, "stages__short__batch_size": 64,

@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import http.server
 import importlib
 import io
 import os
@@ -10,10 +11,12 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_icons import pack, sets
 from test_train import flags
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +57,7 @@ def commands():
 
 
 # What is run for a command, in this Python: shorter, smaller, and within {folder}, which holds two
-# shards and `trained`, the output of `python train.py`.
+# shards and `trained`, the output of `python train.py`, and lies on the web as {web}.
 SHORT = {
     "python train.py": None,  # by the fixture `trained`
     "python train.py --help": "train.py --help",
@@ -66,11 +69,23 @@ SHORT = {
     '--captions "caption;synthetic" --caption-weights "1;3" --output runs/mixed': "train.py "
     '--data "{folder}/0000.tar::{folder}/0001.tar" --mix 3::1 --captions "caption;synthetic" '
     '--caption-weights "1;3" {flags}',
+    'python train.py --data "s3://bucket/pairs/{00000..41407}.tar" --data.cache-gb 200 '
+    "--output runs/far": 'train.py --data "{web}/{{0000..0001}}.tar" --data.cache-gb 0.001 {flags}',
     "python -m data.write photos shards": "-m data.write {folder}/photos {folder}/written",
     'python -m data.index "shards/{00000..41407}.tar"': "-m data.index "
     '"{folder}/{{0000..0001}}.tar"',
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "-m data.shrink "
     '"{folder}/{{0000..0001}}.tar" {folder}/small --side 16',
+    "python -m data.icons iconify-json-2.2.535.tgz icons": "-m data.icons {folder}/icons.tgz "
+    "{folder}/icons",
+    'python train.py --data "icons/train/*.tar" --data.vocab-size 8000 --stages.short.steps 1200 '
+    "--output runs/icons": 'train.py --data "{folder}/*.tar" {flags}',
+    'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "evaluate.py "
+    '{folder}/trained --shards "{folder}/*.tar"',
+    'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "-m data.bench "
+    '"{folder}/{{0000..0001}}.tar" --image-size 64',
+    "pytest bench/bench_data.py": "-m pytest -p no:cacheprovider bench/bench_data.py "
+    "--benchmark-disable -k 64",
     "pytest bench/bench_train_step.py": "-m pytest -p no:cacheprovider bench/bench_train_step.py "
     '--benchmark-disable -k "fp32 or equal"',
     "python -m bench.bench_train_step": "-m bench.bench_train_step --samples 256 --seeds 1",
@@ -86,6 +101,10 @@ SHOWS = {
     "python -m data.write photos shards": "40 samples, and sizes.json, in ",
     'python -m data.index "shards/{00000..41407}.tar"': "40 samples",
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",
+    "python -m data.icons iconify-json-2.2.535.tgz icons": "drawn now: 244 (",
+    'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "classes: *.tar",
+    'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "40 samples to 64 pixels",
+    "pytest bench/bench_data.py": "3 passed",
     "pytest bench/bench_train_step.py": "2 passed",
     "python -m bench.bench_train_step": "open_clip  new concepts",
     "python -m bench.bench_contrastive 8192": "bf16 open_clip ",
@@ -100,7 +119,12 @@ TESTS = "pytest -n auto --dist loadfile"
 @functools.lru_cache  # two commands may be shortened to one
 def run(*words):
     # torch.compile compares a rival of the losses, and takes most of a minute.
-    changed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+    changed = {
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
     env = {**os.environ, **changed, "PYTHONPATH": str(ROOT)}
     for name in [name for name in env if name == "TRITON_INTERPRET" or "PYTEST" in name]:
         del env[name]
@@ -116,6 +140,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     assert "report.png" in run("train.py", *flags(folder / "trained"))
     (folder / "photos").mkdir()
+    (folder / "classes.txt").write_text("colour 3\ncolour 30\n")
+    pack(folder / "icons.tgz", sets())
     for shard in range(2):
         with tarfile.open(folder / f"{shard:04}.tar", "w") as tar:
             for number in range(20 * shard, 20 * shard + 20):
@@ -131,16 +157,33 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def web(trained):
+    """The folder `trained` on a web server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    files = functools.partial(Quiet, directory=trained)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     "command", [c for c in commands() if c not in (*INSTALLS, TESTS)], ids=lambda c: c[:48]
 )
-def test_readme_commands(command, trained):
+def test_readme_commands(command, trained, web):
     """Each runs to its end, shortened."""
     assert command in SHORT, f"no test runs the README's command: {command}"
     if SHORT[command] is None:
         assert (trained / "trained" / "report.png").is_file()
         return
-    words = SHORT[command].format(folder=trained, flags=shlex.join(flags(trained / "shards")))
+    output = trained / f"run{list(SHORT).index(command)}"  # a folder holds one run
+    how = {"folder": trained, "web": web, "flags": shlex.join(flags(output))}
+    words = SHORT[command].format(**how)
     out = run(*shlex.split(words))
     assert SHOWS.get(command, str(trained)) in out
 

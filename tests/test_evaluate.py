@@ -16,6 +16,7 @@ from configs import changed
 from PIL import Image
 
 import evaluate
+from data.pairs import Captions
 from data.text import Tokenizer, train_wordpiece
 from models import build
 from training import checkpoint
@@ -25,11 +26,13 @@ from training.evaluation import (
     PHOTO_PROMPTS,
     Encoder,
     classification,
+    evaluate_classes,
     evaluate_folder,
     evaluate_shards,
     retrieval,
     table,
 )
+from training.evaluation import evaluate as evaluate_sets
 from training.optim import adamw
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "dark_grey": (40, 40, 40)}
@@ -237,6 +240,49 @@ def test_pairs_of_shards(encoder, tmp_path):
     assert "0.tar" in table({"shards: 0.tar": figures})
 
 
+class Named(Colours):
+    """Classes of things by the number at the end of their names."""
+
+    def classes(self, names, prompts):
+        self.prompts = prompts
+        return torch.eye(32)[[int(name.split()[-1]) for name in names]]
+
+
+def test_shards_are_classified_among_the_names_beside_them(tmp_path):
+    """Things 1 and 2 by either caption, 3 has no name that is listed, and 5 is called 1."""
+    captions = {1: ["a boat", "ship 1"], 2: ["ship 2", "ship 7"], 3: ["ship 3"], 5: ["ship 1"]}
+    members = [m for number, texts in captions.items() for m in SHAPES["list"](number, texts)]
+    pattern = write_tar(tmp_path / "0.tar", members)
+    encoder, names = Named(), tmp_path / "classes.txt"
+    encoder.texts = lambda texts: torch.ones(len(texts), 32)
+    assert evaluate_classes(encoder, pattern) is None
+    names.write_bytes(b"\xef\xbb\xbfship 1\r\n\r\n ship 2 \r\nship 7\nship 1\nhat 9\n")
+    figures = evaluate_classes(encoder, pattern)
+    assert figures == {"top1": 2 / 3, "top5": 1.0, "n": 3, "chance": 1 / 4, "skipped": 0}
+    assert encoder.prompts == ("{}",)
+    results, _ = evaluate_sets(encoder, None, shards=pattern, own_prompts=("a {}", "{}"))
+    assert encoder.prompts == ("a {}", "{}")
+    assert results == {
+        "shards: 0.tar": evaluate_shards(encoder, pattern),
+        "classes: 0.tar": figures,
+    }
+    assert "66.7  100.0" in table(results).splitlines()[-1]
+    names.write_text("horse 1\n")
+    with pytest.warns(UserWarning, match="must hold captions of .*'horse 1'"):
+        assert evaluate_classes(encoder, pattern) is None
+
+
+def test_the_names_of_shards_are_their_usual_captions(tmp_path):
+    """Whatever key of the .json training draws, and retrieval reads."""
+    sample = {"caption": "ship 1", "styled": "ship, red 1"}
+    members = [("1.png", thing(1)), ("1.json", json.dumps(sample).encode())]
+    pattern = write_tar(tmp_path / "0.tar", members)
+    (tmp_path / "classes.txt").write_text("ship 1\n")
+    encoder = Named()
+    results, _ = evaluate_sets(encoder, None, shards=pattern, captions=Captions(("styled",)))
+    assert encoder.asked == ["ship, red 1"] and results["classes: 0.tar"]["top1"] == 1
+
+
 def class_folders(root, *names, bad=()):
     for name in names:
         (root / name).mkdir(parents=True)
@@ -349,6 +395,7 @@ BAD = {
     "no batch": (["x.pt", "--batch-size", "0"], r"batch_size must be in \[1, 1048576\], got 0"),
     "no folder": (["x.pt", "--images", "nowhere"], "must be a folder of class folders, got"),
     "no shard": (["x.pt", "--shards", "nowhere.tar"], "must name files that are there, got"),
+    "no place for a name": (["x.pt", "--prompts", "a {};a photo"], "one {}, got 'a photo'"),
     "no device": (["x.pt", "--device", "toaster"], "device must be"),
     "no checkpoint": (["nowhere.pt"], "path must be a checkpoint file, got 'nowhere.pt'"),
     "empty folder": (["{}"], "must hold a checkpoint, got a folder without one"),

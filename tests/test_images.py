@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import Augmentation, augment, resize, sample_draws, shape_draws
+from data.augment import Augmentation, _boxes, augment, one_box, resize, sample_draws, shape_draws
 from data.images import (
     MAX_PIXELS,
     TooManyPixels,
@@ -137,6 +137,39 @@ def test_a_palette_with_clear_entries_is_on_white():
     assert seen[0, 3].tolist() == [200, 10, 20]
 
 
+def test_half_clear_is_half_white():
+    half = Image.new("LA", (4, 4), (55, 128))
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([55, 55, 55])
+    lossless = {"lossless": True}
+    for data in (
+        encoded(half, "PNG"),
+        encoded(half, "TIFF"),
+        encoded(half.convert("RGBA"), "PNG"),
+        encoded(half.convert("RGBA"), "WEBP", **lossless),
+        encoded(palette, "PNG", transparency=b"\x80"),
+        png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 55 * 257, 128 * 257)),
+        png(1, 1, 16, 6, b"\0" + struct.pack(">HHHH", *[55 * 257] * 3, 128 * 257)),
+    ):
+        assert (decode(data).float() - 155).abs().max() <= 1  # 55 and 255 in halves
+
+
+def test_a_clear_gif_is_on_white():
+    image = Image.new("P", (4, 2), 1)
+    image.putpalette([9, 9, 9, 200, 10, 20])
+    image.paste(0, (0, 0, 2, 2))
+    seen = decode(encoded(image, "GIF", transparency=0))
+    assert (seen[:, :2] == 255).all() and seen[0, 3].tolist() == [200, 10, 20]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_inks_become_colours(kind):
+    inks = {(255, 0, 0, 0): (0, 255, 255), (0, 255, 0, 0): (255, 0, 255), (0, 0, 0, 255): (0, 0, 0)}
+    for ink, colour in inks.items():
+        seen = decode(encoded(Image.new("CMYK", (8, 8), ink), kind))
+        assert (seen.int() - torch.tensor(colour)).abs().max() <= 3
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_an_animation_shows_its_first_frame(kind):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
@@ -246,6 +279,15 @@ def test_a_size_above_the_limit_is_refused_before_decoding(kind):
             call()
 
 
+def test_a_run_may_ask_for_fewer_or_more_pixels():
+    data, draw = encoded(Image.new("RGB", (30, 20)), "PNG"), sample_draws(1, **KEY)[0]
+    assert decode_crop(data, 8, draw, Augmentation(), max_pixels=600).shape == (8, 8, 3)
+    with pytest.raises(TooManyPixels, match="must have at most 599 pixels, got 30 x 20"):
+        decode_crop(data, 8, draw, Augmentation(), max_pixels=599)
+    with pytest.raises(TooManyPixels, match=f"at most {2**40} pixels, got .*400000000 pixels"):
+        decode_crop(png(20000, 20000, 1, 0, b"\0"), 8, draw, Augmentation(), max_pixels=2**40)
+
+
 def test_a_size_that_pillow_refuses_is_named_too():
     data = png(20000, 20000, 1, 0, b"\0")
     with pytest.raises(TooManyPixels, match="an image must have at most"):
@@ -321,6 +363,25 @@ def test_transparent_becomes_white_and_grey_becomes_colour():
     grey = torch.full((8, 9), 100, dtype=torch.uint8)
     assert (decode(encoded(grey, "PNG")) == 100).all()
     assert decode(encoded(grey, "PNG")).shape == (8, 9, 3)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augmentation(),
+        Augmentation(scale=(0.9, 1.0), shift=0.2),
+        Augmentation(scale=(0.05, 1.4), ratio=(0.2, 3.0)),
+    ],
+    ids=["crop", "shift", "wide"],
+)
+@pytest.mark.parametrize("size", [(384, 512), (72, 72), (1, 900), (900, 1), (1, 1), (2, 20000)])
+def test_boxes_of_files_are_those_of_batches(size, how):
+    draws = sample_draws(5000, **KEY)
+    batch = torch.stack(_boxes(*size, draws, how), 1)
+    each = torch.tensor([one_box(*size, row, how) for row in draws.tolist()])
+    off = (batch - each).abs()
+    assert off.max() <= 1 and (off > 0).any(1).sum() <= 5  # of 5,000: float32 against float64
+    assert (each[:, 2:] >= 1).all()
 
 
 @pytest.mark.parametrize("size", [32, 224])

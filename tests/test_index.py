@@ -12,14 +12,14 @@ import test_shards
 import torch
 import torch.multiprocessing as mp
 from test_batches import same
-from test_shards import shard_loader
+from test_shards import expand, shard_loader
 
 from clipa_kernels.masking.philox import WINDOW_STREAM
 from data import index
 from data import shards as shards_module
 from data.batches import order
 from data.index import TABLE, known_sizes, main, read_table
-from data.shards import ShardLoader, expand
+from data.shards import ShardLoader
 from training import build, distributed
 
 numbers, shards = test_shards.numbers, test_shards.shards  # fixtures
@@ -56,7 +56,9 @@ def test_what_is_known_is_not_counted_again(copies, cache, monkeypatch):
     (copies / "01_stats.json").write_text(json.dumps({"count": 9, "successes": 6}))
     counted = []
     real = index.count
-    monkeypatch.setattr(index, "count", lambda path: counted.append(path.name) or real(path))
+    monkeypatch.setattr(
+        index, "count", lambda name, shelf: counted.append(Path(name).name) or real(name, shelf)
+    )
     assert index.index(pattern(copies), processes=1) == 5 + 6 + 3 * 7
     assert counted == ["02.tar", "03.tar", "04.tar"]
     assert read_table(copies)["elsewhere.tar"] == 3  # of another pattern
@@ -66,10 +68,10 @@ def test_what_is_known_is_not_counted_again(copies, cache, monkeypatch):
 def test_a_stop_keeps_what_is_counted(copies, cache, monkeypatch):
     real = index.count
 
-    def stops(path):
-        if path.name == "03.tar":
+    def stops(name, shelf):
+        if Path(name).name == "03.tar":
             raise KeyboardInterrupt
-        return real(path)
+        return real(name, shelf)
 
     monkeypatch.setattr(index, "count", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -171,13 +173,13 @@ def _member(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = distributed.setup("cpu", threads=1, timeout=60)
     real, counted = index.count, []
-    build.count = lambda path: counted.append(path.name) or real(path)
+    build.count = lambda name, shelf: counted.append(Path(name).name) or real(name, shelf)
     build.count_samples(pattern(folder), world)
     assert counted == [["00.tar", "02.tar", "04.tar"], ["01.tar", "03.tar"]][rank]
     assert read_table(Path(folder)) == {f"0{i}.tar": 7 for i in range(5)}
     build.count_samples(pattern(folder), world)
     assert len(counted) == [3, 2][rank]  # all is known
-    known, build.known_sizes = build.known_sizes, lambda paths: np.full(5, 7 - 8 * rank)
+    known, build.known_sizes = build.known_sizes, lambda names: np.full(5, 7 - 8 * rank)
     build.count_samples(pattern(folder), world)  # by one of them: each node may have its disk
     assert len(counted) == [6, 4][rank]
     build.known_sizes = known

@@ -12,8 +12,13 @@ from PIL import Image
 from test_batches import joined, same
 
 from data.augment import Augmentation
-from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
+from data.patterns import file_names
+from data.shards import ShardLoader, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
+
+
+def expand(pattern) -> list[Path]:
+    return [Path(name) for name in file_names(pattern)]
 
 
 def encoded(image: torch.Tensor, kind: str, **options) -> bytes:

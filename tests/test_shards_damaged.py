@@ -14,12 +14,13 @@ import pytest
 import tokenizers
 import torch
 from PIL import Image
+from test_shards import expand
 
 import train
 from data.augment import Augmentation
 from data.batches import Fault
 from data.files import whole
-from data.shards import ShardLoader, expand, first_captions, read_pairs, scan
+from data.shards import ShardLoader, first_captions, read_pairs, scan
 from data.text import Tokenizer, train_wordpiece
 
 BLOCK = 512

@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,16 +10,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipa_kernels import Packed, block_patches, grid_patches, random_patches
+from data.augment import recolour
 from data.batches import Batch
 from data.emoji import CAPTIONS, EmojiLoader, EmojiPairs, load_emoji
 from data.index import count, known_sizes, write_tables
-from data.patterns import expand
+from data.patterns import file_names
+from data.remote import is_remote
 from data.shards import ShardLoader, first_captions
+from data.shelf import Shelf
 from data.text import Tokenizer, clip_bpe, load_tokenizer, train_wordpiece
-from models import CLIP, build
+from models import CLIP, build, load_weights, read_weights
 
+from . import checkpoint
 from .config import Config
 from .distributed import World
+from .optim import SpikeGuard, adamw
 
 
 def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
@@ -34,7 +38,7 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
             f"build_model: vocab_size must hold the tokenizer's {vocab_size} entries, "
             f"got {data.vocab_size}"
         )
-    return build(
+    built = build(
         model.size,
         model.patch_size,
         dialect=model.dialect,
@@ -44,6 +48,35 @@ def build_model(config: Config, stage: str, vocab_size: int = 0) -> CLIP:
         logit_bias=model.init_bias if config.optim.loss == "sigmoid" else None,
         impl=config.run.impl,
     )
+    built.lock(model.lock)
+    return built
+
+
+def check_resumes(state: dict, config: Config) -> None:
+    """ValueError unless the run can go on from a state; tried on a model without memory."""
+    with torch.device("meta"):
+        model = build_model(config, state["stage"])
+        optimizer = adamw(model, config)
+    checkpoint.check_matches(state, config, model, state["stage"])
+    before = checkpoint.rng_state()
+    try:
+        checkpoint.restore_optimizer(state, optimizer)
+        SpikeGuard(optimizer, config.optim.skip_above, state["spikes"])
+    finally:
+        checkpoint.set_rng_state(before)
+
+
+def load_initial(model: CLIP, path: str) -> None:
+    """Start from weights of open_clip, OpenAI, Hugging Face or an earlier run.
+
+    A logit bias that they lack stays as it is; one that the model lacks is left out.
+    """
+    weights = read_weights(path)
+    if model.logit_bias is None:
+        weights.pop("logit_bias", None)
+    else:
+        weights.setdefault("logit_bias", model.logit_bias.detach())
+    load_weights(model, weights)
 
 
 def open_data(
@@ -65,27 +98,29 @@ def open_data(
         if pairs:
             captions = pairs.training_captions()
         else:
-            captions = first_captions(config.data.source, captions=config.caption_keys)
+            how = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
+            captions = first_captions(config.data.source, **how)
         trained = train_wordpiece(captions, config.data.vocab_size, start=False)
         return Tokenizer(trained).to_json()
 
     return pairs, Tokenizer.from_json(world.decide(choose))
 
 
-def count_samples(pattern: str, world: World) -> None:
+def count_samples(pattern: str, world: World, cache_gb: float = 100.0) -> None:
     """Where no table beside shards tells their samples: all processes count, rank 0 writes it."""
-    paths = world.together(lambda: expand(pattern))
-    world.require_same({"the number of shards": len(paths)})
-    missing = world.sum(torch.from_numpy((known_sizes(paths) < 0).astype(np.int64)))
+    names, shelf = world.together(lambda: file_names(pattern)), Shelf(None, cache_gb)
+    world.require_same({"the number of shards": len(names)})
+    known = world.together(lambda: known_sizes(names))
+    missing = world.sum(torch.from_numpy((known < 0).astype(np.int64)))
     unknown = missing.nonzero()[:, 0].tolist()  # of any process: each node may have its own disk
-    counted: list[tuple[Path, int]] = []
+    counted: list[tuple[str, int]] = []
     bar = tqdm(total=len(unknown), unit="shard", disable=not (unknown and world.is_main))
     for start in range(0, len(unknown), 16 * world.size):  # in step, so that none waits for long
-        part = [paths[place] for place in unknown[start : start + 16 * world.size]]
+        part = [names[place] for place in unknown[start : start + 16 * world.size]]
         sizes, wrong = torch.zeros(len(part), dtype=torch.int64), None
         for place in range(world.rank, len(part), world.size):
             try:
-                sizes[place] = count(part[place])
+                sizes[place] = count(part[place], shelf)
             except (ValueError, OSError) as error:
                 wrong = error
                 break
@@ -94,7 +129,9 @@ def count_samples(pattern: str, world: World) -> None:
         counted += zip(part, world.sum(sizes).tolist(), strict=True)
         bar.update(len(part))
     bar.close()
-    if world.is_main and counted and (refused := write_tables(counted)):
+    if not world.is_main:  # a store that takes no table leaves it to each node's cache
+        counted = [(name, size) for name, size in counted if is_remote(name)]
+    if refused := write_tables(counted, beside=world.is_main):
         world.print(f"{refused[0]} cannot be written; shards are counted again by the next run")
     world.barrier()
 
@@ -132,11 +169,14 @@ def open_batches(
         tokenizer,
         augmentation=replace(config.augment, blend=0.0),  # which an embedded set's preset brings
         interpolation=config.dialect.interpolation,
+        max_pixels=config.data.max_pixels,
+        colours=world.device.type != "cuda",  # a GPU draws them in passing
         captions=config.caption_keys,
         mix=config.data.mix,
         repeat=config.data.repeat,
         parts=config.data.parts,
         workers=config.data.workers,
+        cache_gb=config.data.cache_gb,
         **common,
     )
     loader = world.together(make)
@@ -152,7 +192,11 @@ def to_device(
     batch: Batch, step: int, config: Config, stage: str, device: torch.device
 ) -> tuple[Tensor, Packed, Tensor | None]:
     """Images [B, 3, S, S] as a view, packed ids, and the kept patches [B, K] (None: all)."""
-    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    images = batch.images.to(device, non_blocking=True)
+    if not batch.coloured:
+        key = {"seed": config.run.seed, "step": config.first_step(stage) + step}
+        images = recolour(images, config.augment, **key, first_sample=batch.first_sample)
+    images = images.permute(0, 3, 1, 2)
     ids = batch.ids.to(device, non_blocking=True)
     text = Packed(ids, batch.cu_seqlens.to(device, non_blocking=True), batch.max_seqlen)
     sizes = config.stages[stage]

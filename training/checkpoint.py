@@ -17,6 +17,7 @@ import random
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ _KEYS = {
 }  # fmt: skip
 # Fields that change nothing of what is learnt (but roundings): a resumed run may change them.
 _FREE = re.compile(
-    r"preset|config|data\.workers|run\.(?!seed$|precision$)\w+|stages\.\w+\.accumulate"
+    r"preset|config|data\.(workers|cache_gb)|run\.(?!seed$|precision$)\w+|stages\.\w+\.accumulate"
 )
 # What must agree between a checkpoint and the run that resumes it; the rest may be changed.
 _SAME_MODEL = (
@@ -95,15 +96,20 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | No
     """
     put_weights(unwrap(model), weights(state))
     if optimizer is not None:
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-            _check_moments(optimizer)
-            _own_moments(optimizer)
-            set_rng_state(state["rng"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            must = "its optimizer and rng must be this run's"
-            raise ValueError(f"checkpoint: {must}, got {error!r}") from error
+        restore_optimizer(state, optimizer)
     return state["step"]
+
+
+def restore_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """The part of `restore` beside the weights."""
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        _check_moments(optimizer)
+        _own_moments(optimizer)
+        set_rng_state(state["rng"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        must = "its optimizer and rng must be this run's"
+        raise ValueError(f"checkpoint: {must}, got {error!r}") from error
 
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -153,7 +159,9 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2, keep_every: 
         with write_whole(path, sync=True) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(f"save: {path} must be writable, got {error}") from error
+        # The zip writer's own words hide what the disk said.
+        met = error if isinstance(error, OSError) else error.__context__ or error
+        raise RuntimeError(f"save: {path} must be writable, got {met}") from error
     _prune(folder, path, keep, keep_every)
     return path
 
@@ -364,10 +372,15 @@ def check_matches(
             raise ValueError(f"checkpoint: {name} must have shape {must}, got {came}")
 
 
-def find(config: Config, world: World) -> dict | None:
+def find(
+    config: Config, world: World, check: Callable[[dict], None] = lambda state: None
+) -> dict | None:
     """The state to resume from, or None: rank 0 chooses and checks it, the others read the same.
 
-    What an abandoned run left is moved aside, not deleted.
+    What an abandoned run left is moved aside, not deleted, when all is right.
+
+    Args:
+        check: raises ValueError where a state cannot be resumed, beside what is asked here.
     """
     chosen: list[dict] = []
 
@@ -383,6 +396,7 @@ def find(config: Config, world: World) -> dict | None:
         check_matches(state, config)
         if config.run.resume == "auto":
             _check_unchanged(from_json(state["config"]), config)
+        check(state)
         chosen.append(state)
         return str(path), _digest(path)
 

@@ -22,12 +22,14 @@ import tyro
 from data.augment import Augmentation
 from data.emoji import CAPTIONS
 from data.files import read_text
+from data.images import MAX_PIXELS
 from data.pairs import Captions
 from data.patterns import sources_of
 from data.sources import weights_of
 from models import DIALECTS, SIZES, Dialect
 
 from .presets import PRESETS
+from .watch import window_of
 
 Preset = Literal[tuple(PRESETS)]
 
@@ -57,7 +59,8 @@ class DataPart:
     """Pairs of images and captions."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "emoji"
-    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar"; "a.tar::b.tar": two sources"""
+    """"emoji" (ships with pip) or shards, "pairs/{0000..0099}.tar", "s3://bucket/{00..99}.tar";
+    "a.tar::b.tar": two sources"""
     tokenizer: str = "wordpiece"  # trained on the captions; "clip"; or a tokenizers.json, vocab.txt
     vocab_size: int = 2000  # rows of the token table; at least the tokenizer's entries
     captions: Annotated[str, tyro.conf.arg(aliases=["--captions"])] = "names"
@@ -70,6 +73,8 @@ class DataPart:
     repeat: bool = False  # with a mix: a source that ends begins again before the others end
     parts: int = 1  # of a batch and of the shards; with as many as nodes each reads its own alone
     workers: int = 0  # processes that decode images; 0: threads of this one
+    cache_gb: float = 100.0  # of remote shards that a machine keeps at most, in its cache folder
+    max_pixels: int = MAX_PIXELS  # of an image file; a larger one is skipped before it is decoded
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ class ModelPart:
     """recipe that fixes GELU, norms, text mask, init, decay, clamp, resizing: models/dialects.py"""
     patch_size: int = 8  # pixels a side
     pool: Literal["cls", "mean", "mean-with-cls"] = "mean"  # image feature from the tokens
+    init: Annotated[str, tyro.conf.arg(aliases=["--init"])] = ""
+    """weights to start from, of open_clip, OpenAI, Hugging Face's CLIP or a run: file or folder"""
+    lock: Literal["none", "image", "text"] = "none"  # tower that stays as it starts
     init_scale: float = 1 / 0.07  # exp(logit_scale) at the start; SigLIP takes 10
     init_bias: float = -10.0  # logit_bias at the start, sigmoid loss only
 
@@ -127,6 +135,9 @@ class RunPart:
     keep_every: int = 0  # steps between checkpoints that stay for good; 0: none does
     keep_checkpoints: int = 2  # newest ones kept
     log_every: int = 20  # steps between lines of the log
+    watch: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """where the numbers of the log are shown too"""
+    profile: str = ""  # steps of each stage to trace, "20:25": trace-<stage>.json in output
     eval_images: str = ""  # evaluated after each stage: folder of one folder of pictures a class
     eval_shards: str = ""  # evaluated after each stage: tar shards to retrieve from
 
@@ -303,6 +314,8 @@ def _built(kind: Any, value: Any, function: str, name: str = "") -> Any:
 _RANGES = {
     "data.vocab_size": "[1, 1048576]",
     "data.workers": "[0, 512]",
+    "data.cache_gb": "(0, 1e9]",
+    "data.max_pixels": "[1, 178956970]",  # above it Pillow refuses by itself
     "data.parts": "[1, 65536]",
     "model.patch_size": "[1, 1024]",
     "model.init_scale": "(0, 1e6]",
@@ -351,6 +364,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     for name in config.running:
         _check_stage(config, name, world_size)
     _check_data(config)
+    window_of(config.run.profile)
     _check_files(config)
 
 
@@ -438,6 +452,8 @@ def _check_files(config: Config) -> None:
     if tokenizer not in ("wordpiece", "clip"):
         must = 'be "wordpiece", "clip" or a file (tokenizers JSON or BERT vocab.txt)'
         _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
+    if init := config.model.init:
+        _require(Path(init).exists(), "model.init", "be a file or folder of weights", repr(init))
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run.output).close()

@@ -94,11 +94,11 @@ class World:
         return made
 
     def together(self, make: Callable[[], T]) -> T:
-        """What this process makes; where any of them raises ValueError or OSError, all end."""
+        """What this process makes; where any raises ValueError, OSError, RuntimeError, all end."""
         made, error = None, None
         try:
             made = make()
-        except (ValueError, OSError) as caught:
+        except (ValueError, OSError, RuntimeError) as caught:
             error = caught
         if self.any(error is not None):
             raise error or SystemExit(1)  # told by the process that met it

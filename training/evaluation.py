@@ -5,6 +5,9 @@ its prompts, normalised again. Retrieval ranks captions for an image and images 
 Pictures from files are resized as the model's dialect says.
 """
 
+import os
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +20,11 @@ from torch import Tensor
 from clipa_kernels import Packed
 from data.augment import resize
 from data.emoji import PROMPTS, EmojiPairs
+from data.files import decoded, read_text
 from data.folders import class_names, read_folder
 from data.pairs import USUAL, Captions
+from data.patterns import file_names
+from data.remote import is_remote, read_small
 from data.shards import read_pairs
 from data.text import Tokenizer
 from models import CLIP, DIALECTS
@@ -151,6 +157,18 @@ def _resizing(model: CLIP) -> dict[str, int | bool | str]:
     return dict(size=size, squash=squash, interpolation=interpolation)
 
 
+def prompts_in(text: str) -> tuple[str, ...]:
+    """Templates of the flag's form, parted by ";"; none of an empty one.
+
+    >>> prompts_in("a photo of a {}.;{}")
+    ('a photo of a {}.', '{}')
+    """
+    prompts = tuple(text.split(";")) if text else ()
+    if wrong := [one for one in prompts if not re.fullmatch(r"[^{}]*\{\}[^{}]*", one)]:
+        raise ValueError(f"evaluate: prompts must each hold one {{}}, got {wrong[0][:80]!r}")
+    return prompts
+
+
 def check_sets(images: str = "", shards: str = "", captions: Captions = USUAL) -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first."""
     if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
@@ -161,7 +179,9 @@ def check_sets(images: str = "", shards: str = "", captions: Captions = USUAL) -
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
 
 
-def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
+def evaluate_folder(
+    encoder: Encoder, folder: str | Path, prompts: Sequence[str] = PHOTO_PROMPTS
+) -> dict[str, float]:
     """Zero-shot figures on pictures in one folder a class; data/folders.py says how they are named.
 
     A file that cannot be read is counted in "skipped" and left out; a folder without a picture that
@@ -184,7 +204,7 @@ def evaluate_folder(encoder: Encoder, folder: str | Path) -> dict[str, float]:
     classes = list(dict.fromkeys(found))
     names = class_names(folder, classes)
     labels = torch.tensor([classes.index(path) for path in found])
-    figures = classification(torch.cat(features), encoder.classes(names, PHOTO_PROMPTS), labels)
+    figures = classification(torch.cat(features), encoder.classes(names, prompts), labels)
     return figures | {"skipped": skipped}
 
 
@@ -205,6 +225,52 @@ def evaluate_shards(encoder: Encoder, pattern: str, captions: Captions = USUAL) 
     return figures | {"n": len(images), "chance": chance, "skipped": skipped}
 
 
+def listed_classes(pattern: str) -> list[str]:
+    """The lines of classes.txt beside the shards of a pattern, each once; none where there is none.
+
+    >>> listed_classes("")
+    Traceback (most recent call last):
+    ValueError: shards: pattern must name files that are there, got ''
+    """
+    folders = dict.fromkeys(map(os.path.dirname, file_names(pattern)))
+    lines = [line.strip() for folder in folders for line in _classes_in(folder).splitlines()]
+    return [name for name in dict.fromkeys(lines) if name]
+
+
+def _classes_in(folder: str) -> str:
+    """The text of classes.txt in a folder, local or remote; empty where there is none."""
+    if is_remote(folder):
+        return decoded(read_small([f"{folder}/classes.txt"])[0] or b"")
+    path = Path(folder, "classes.txt")
+    return read_text(path, "evaluate") if path.is_file() else ""
+
+
+def evaluate_classes(
+    encoder: Encoder, pattern: str, prompts: Sequence[str] = ("{}",)
+) -> dict[str, float] | None:
+    """Zero-shot figures on the pictures of shards whose caption is a line of their classes.txt.
+
+    The caption is the .txt, or the .json's "caption", whatever training draws; of several captions,
+    the first that is listed. Pictures without one are left out. None where there is no classes.txt,
+    and, with a warning, where none of its names is a caption.
+    """
+    names = listed_classes(pattern)
+    if not names:
+        return None
+    images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
+    places = {name: place for place, name in enumerate(names)}
+    labels = [next((places[text] for text in one if text in places), -1) for one in captions]
+    labels = torch.tensor(labels, dtype=torch.int64)
+    named = labels >= 0
+    if not named.any():
+        came = f"none, the first {names[0]!r}; nothing is classified"
+        must = f"classes.txt must hold captions of {pattern}"
+        warnings.warn(f"evaluate: {must}, got {came}", stacklevel=2)
+        return None
+    features, classes = encoder.images(images[named]), encoder.classes(names, prompts)
+    return classification(features, classes, labels[named]) | {"skipped": skipped}
+
+
 def evaluate(
     encoder: Encoder,
     pairs: EmojiPairs | None,
@@ -212,19 +278,26 @@ def evaluate(
     images: str = "",
     shards: str = "",
     captions: Captions = USUAL,
+    own_prompts: Sequence[str] = (),
 ) -> tuple[dict[str, dict], dict]:
-    """(figures of each set, pictures to show with the names chosen) of all that is asked for."""
+    """(figures of each set, pictures to show with the names chosen) of all that is asked for.
+
+    own_prompts classify what images and shards name; none: as evaluate_folder, evaluate_classes.
+    """
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
     results: dict[str, dict] = {}
     if pairs is not None:
         results, shown = evaluate_emoji(encoder, pairs, prompts)
+    given = {"prompts": own_prompts} if own_prompts else {}
     for kind, path, figures in (
-        ("images", images, evaluate_folder),
+        ("images", images, partial(evaluate_folder, **given)),
         ("shards", shards, partial(evaluate_shards, captions=captions)),
+        ("classes", shards, partial(evaluate_classes, **given)),
     ):
-        if path:  # whose name may hold bytes that are no text
+        if path and (found := figures(encoder, path)):
+            # A name may hold bytes that are no text.
             name = Path(path).name.encode(errors="backslashreplace").decode()
-            results[f"{kind}: {name}"] = figures(encoder, path)
+            results[f"{kind}: {name}"] = found
     return results, shown
 
 

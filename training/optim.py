@@ -187,6 +187,8 @@ class SpikeGuard:
         self, optimizer: torch.optim.Optimizer, limit: float, state: dict | None = None
     ) -> None:
         state = state or {"norms": [], "seen": 0, "skipped": 0}
+        if not isinstance(state.get("norms"), list) or not {"seen", "skipped"} <= state.keys():
+            raise ValueError(f"SpikeGuard: state must be of another one, got {sorted(state)}")
         device = optimizer.param_groups[0]["params"][0].device
         self.optimizer, self.limit, self.seen = optimizer, limit, state["seen"]
         norms = state["norms"] + [math.nan] * (self._KEPT - len(state["norms"]))

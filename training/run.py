@@ -1,18 +1,26 @@
 """A run from outside its loop: what the stages share, signals, the log, checkpoints, the report."""
 
 import contextlib
+import errno
 import hashlib
 import math
+import os
 import platform
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from data.batches import Batch, Tally
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from data.batches import Batch, Tally, describe_faults
 from data.emoji import EmojiPairs, prompts_of
 from data.text import Tokenizer
 from models import CLIP, forward_flops
@@ -22,6 +30,7 @@ from .config import Config, flat
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
 from .optim import SpikeGuard, learning_rate
+from .watch import Watch, advice
 
 _STOPS = [  # Windows has no SIGUSR1
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
@@ -76,6 +85,37 @@ def identity(config: Config) -> dict[str, object]:
     return {**flat(config), "the code": code.hexdigest()[:8], **versions}
 
 
+@contextlib.contextmanager
+def owned(folder: str, world: World) -> Iterator[None]:
+    """Hold the output folder for one run; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    if not world.is_main or fcntl is None:
+        world.decide(lambda: None)
+        yield
+        return
+    with open(Path(folder) / ".lock", "ab+") as file:
+
+        def hold() -> None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return  # a file system without locks
+                file.seek(0)
+                by = file.read(100).decode(errors="replace") or "another"
+                must = "must be of one run at a time"
+                raise ValueError(f"train: {folder} {must}, got one that runs ({by})") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+            file.flush()
+
+        world.decide(hold)
+        yield
+
+
 @dataclass
 class Run:
     """What the stages share."""
@@ -89,11 +129,15 @@ class Run:
     metrics: dict  # seconds and figures of each stage so far
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
     guard: SpikeGuard | None = None  # of the stage that runs
+    watch: Watch = lambda step, row: None
+    advised: set[str] = field(default_factory=set)  # stages whose advice was given
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
         run = self.config.run
+        if self.world.is_main and not Path(run.output).is_dir():
+            raise RuntimeError(f"train: {run.output} must stay while it runs, got no such folder")
         checkpoint.check_finite(model, optimizer, run.output, stage, done, self.world)
         state = checkpoint.pack_state(
             model,
@@ -161,7 +205,24 @@ def log_step(
     }
     if run.log is not None:
         run.log.write(stage=stage, step=done, **row)
+        run.watch(run.config.first_step(stage) + done, row)
     return row
+
+
+def remarks(run: Run, stage: str, done: int, row: dict, tally: Tally) -> list[str]:
+    """What a line of the log makes worth saying: samples left out; once a stage, what to change."""
+    said = []
+    if tally.faults:  # of this process's share
+        said.append(f"{stage} {done}: samples skipped: {describe_faults(tally.faults)}")
+    data, device = run.config.data, run.world.device
+    memory = None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    told = advice(row, memory, data.source != "emoji", data.workers)
+    if told and stage not in run.advised:
+        run.advised.add(stage)
+        said.append(f"{stage} {done}: {told}")
+    return said
 
 
 def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[str, int]]:

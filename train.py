@@ -37,6 +37,7 @@ from training.config import Config, describe, flat, parse, to_json, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
 from training.feed import fed
+from training.memory import fitted
 from training.optim import (
     SpikeGuard,
     adamw,
@@ -205,6 +206,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
         count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
             world.decide(lambda: check_captions(config.data.source, config.caption_keys))
+    config, recompute = fitted(config, world)
     saved = checkpoint.find(config, world, partial(check_resumes, config=config))
     pairs, tokenizer = open_data(config, saved, world)
     for stage in config.running:
@@ -220,12 +222,15 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
         with write_whole(folder / "config.json") as file:
             file.write(to_json(config).encode())
     metrics = {"seconds": {}, "stages": {}} | (saved["metrics"] if saved else {})
-    return Run(config, world, stop, pairs, tokenizer, log, metrics, watch=watch), saved
+    return Run(
+        config, world, stop, pairs, tokenizer, log, metrics, watch=watch, recompute=recompute
+    ), saved
 
 
 def train(config: Config, world: World, stop: StopSignal) -> None:
     """The stages in time order: build, load, loop, evaluate; then the report."""
     run, saved = start(config, world, stop)
+    config = run.config
     whole, stages = None, config.running
     for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
         if world.any(bool(stop)):
@@ -238,6 +243,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
             return build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
 
         model = build()
+        model.set_recompute(run.recompute[stage])
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
         elif config.model.init and not saved:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from clipa_kernels import Packed
 
@@ -102,7 +103,20 @@ class CLIP(TextTransformer):
 
     def set_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward, and compute the block again."""
-        self.transformer.checkpointing = self.visual.transformer.checkpointing = enable
+        self.set_recompute("block" if enable else "none")
+
+    def set_recompute(self, kind: str) -> None:
+        """What the backward computes again rather than finds kept, to save memory in training.
+
+        Args:
+            kind: "none"; "mlp", each block's second half, where the widest layer is; "block".
+        """
+        if kind not in ("none", "mlp", "block"):
+            raise ValueError(f"set_recompute: kind must be none, mlp or block, got {kind!r}")
+        for tower in (self.transformer, self.visual.transformer):
+            tower.checkpointing = kind == "block"
+            for block in tower.resblocks:
+                block.recompute_mlp = kind == "mlp"
 
 
 def configs(
@@ -178,8 +192,12 @@ def initialise(model: CLIP, kind: str) -> None:
     """Fresh weights as a dialect trains from.
 
     torch: PyTorch's defaults in the image encoder (CLIPA torch, open_clip); jax: Xavier-uniform
-    there, zero class token, zero biases (CLIPA JAX). Text: OpenAI's rule in both.
+    there, zero class token, zero biases (CLIPA JAX). Text: OpenAI's rule in both. A model without
+    memory has no weights.
     """
+    weight = model.token_embedding.weight
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return
     text, visual = model.transformer, model.visual
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)

@@ -69,6 +69,7 @@ class Block(nn.Module):
         self.impl = impl
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads, causal, impl)
+        self.recompute_mlp = False
         self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, int(width * mlp_ratio), gelu, impl)
 
@@ -89,6 +90,8 @@ class Block(nn.Module):
         if rows is not None:
             residual = residual.index_select(0, rows)
         x, residual = norm(self.ln_2, x, residual, self.impl)
+        if self.recompute_mlp and self.training:
+            return checkpoint(self.mlp, x, use_reentrant=False), residual
         return self.mlp(x), residual
 
 

@@ -130,6 +130,7 @@ class Run:
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
     guard: SpikeGuard | None = None  # of the stage that runs
     watch: Watch = lambda step, row: None
+    recompute: dict[str, str] = field(default_factory=dict)  # of each stage
     advised: set[str] = field(default_factory=set)  # stages whose advice was given
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
 

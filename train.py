@@ -57,6 +57,7 @@ from training.run import (
     owned,
     remarks,
 )
+from training.shard import shard, unsharded
 from training.watch import Tracer, watcher, window_of
 
 _SHOWN = ("loss", "samples_per_s", "tokens_per_s", "data_wait")  # on the bar
@@ -81,7 +82,9 @@ def train_step(
     def loss_of(features: dict[str, Tensor]) -> Tensor:
         return pair_loss(config.optim.loss, world, **features)
 
-    with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+    # Nothing cast for one part may serve the next: FSDP2 would miss gradients of its weights.
+    fast = dict(enabled=dtype != torch.float32, cache_enabled=False)
+    with torch.autocast(world.device.type, dtype, **fast):
         if sizes.accumulate == 1:
             out = model(images, text, keep)
             loss = loss_of(out)
@@ -241,19 +244,24 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     """The stages in time order: build, load, loop, evaluate; then the report."""
     run, saved = start(config, world, stop)
     config = run.config
-    model, stages = None, config.running
+    whole, stages = None, config.running
     for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
         if world.any(bool(stop)):
             world.print(f"{stop.name or 'stopped'}: before stage {stage}")
             return
         torch.manual_seed(config.run.seed)
-        weights = None if model is None else model.state_dict()
-        model = build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
+        weights = None if whole is None else whole.state_dict()
+
+        def build(stage: str = stage) -> CLIP:
+            return build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
+
+        model = build()
         model.set_recompute(run.recompute[stage])
         if weights is not None:
             load_weights(model, weights)  # position tables are resized between the stages
         elif config.model.init and not saved:
             world.together(lambda model=model: load_initial(model, config.model.init))
+        shard(model, world, config.run.shard)
         optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
             done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
@@ -262,12 +270,13 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         if done < config.stages[stage].steps:
             world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage}")
             return
+        whole = unsharded(model, build)
         if done > began or stage not in run.metrics["stages"]:
             run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
-            run.metrics["stages"][stage] = evaluation(run, stage, model)
+            run.metrics["stages"][stage] = evaluation(run, stage, whole)
             run.save(stage, model, optimizer, done)
             world.barrier()
-    finish(run, stages[-1], model)
+    finish(run, stages[-1], whole)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -116,8 +116,8 @@ def check_losses(rank, size):
     with wire_bytes() as wire:
         ClipLoss(rank=rank, world_size=size)(*features, scale).backward()
     assert wire.by_op == {
-        # the text's features, (shift, sum) of the own columns, and the sizes, two int64
-        "allgather_base": (size - 1) * (N + 8 * ROWS + 16),
+        # the text's features, (shift, sum) of the own columns, and what must be alike: four int64
+        "allgather_base": (size - 1) * (N + 8 * ROWS + 32),
         # (shift, sum) of each column, and the gradients of the text
         "alltoall_base": (size - 1) * (8 * ROWS + N),
         # the loss

@@ -30,6 +30,7 @@ from models import plain_keys
 from .config import Config, flat, from_json, to_json
 from .distributed import World
 from .optim import unwrap
+from .shard import local, put_weights, whole
 
 _NAME = re.compile(r"(\d+)-\w+-(\d+)\.pt")
 _KEYS = {
@@ -58,7 +59,9 @@ def pack_state(
     metrics: dict | None = None,
     spikes: dict | None = None,
 ) -> dict:
-    """The state that `save` writes and `restore` puts back.
+    """The state that `save` writes and `restore` puts back, the same however it lies in parts.
+
+    Every process must call it where the model lies in parts; rank 0 then has it.
 
     Args:
         model: itself or wrapped by DDP or torch.compile.
@@ -73,7 +76,7 @@ def pack_state(
     return {
         "epoch": config.number(stage),
         "name": config.preset,
-        "state_dict": unwrap(model).state_dict(),
+        "state_dict": {name: whole(value) for name, value in unwrap(model).state_dict().items()},
         "optimizer": optimizer.state_dict(),
         "stage": stage,
         "step": step,
@@ -91,7 +94,7 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | No
     Raises:
         ValueError: the optimiser's state, or the generators', is of another kind.
     """
-    unwrap(model).load_state_dict(weights(state))
+    put_weights(unwrap(model), weights(state))
     if optimizer is not None:
         restore_optimizer(state, optimizer)
     return state["step"]
@@ -164,11 +167,16 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2, keep_every: 
 
 
 def check_finite(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: str, stage: str, step: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: str,
+    stage: str,
+    step: int,
+    world: World | None = None,
 ) -> None:
     """RuntimeError unless all weights and moments are finite: nothing else may be written.
 
-    Every process of a run holds the same ones, so all of them raise at the same step.
+    Every process of the world must call it, and all of them raise at the same step.
     """
     tensors = dict(unwrap(model).state_dict())
     for name, parameter in unwrap(model).named_parameters():
@@ -176,9 +184,12 @@ def check_finite(
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 tensors[f"{key} of {name}"] = value
     floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-    finite = [tensors[name].isfinite().all() for name in floats]
-    if finite and not bool(torch.stack(finite).all()):
-        worst = next(name for name, good in zip(floats, finite, strict=True) if not good)
+    astray = [~local(tensors[name]).isfinite().all() for name in floats]
+    counts = torch.stack(astray).int() if astray else torch.zeros(0, dtype=torch.int32)
+    if world is not None:  # each process may hold its part alone
+        counts = world.sum(counts)
+    if bool(counts.any()):
+        worst = floats[int(counts.argmax())]
         sentence = f"weights and moments must be finite, got others in {worst}"
         raise not_finite(sentence, folder, stage, step)
 

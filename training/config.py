@@ -126,6 +126,8 @@ class RunPart:
     """of weights, order, crops and masks"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
     compile: bool = False  # torch.compile the model; pays on long runs
+    shard: Literal["none", "optimizer", "full"] = "none"
+    """of several processes each keeps its part of moments and gradients; full: of weights too"""
     recompute: Literal["none", "mlp", "block"] = "none"  # what backward computes again, for memory
     fit: str = ""  # memory of a process, "80GB": chooses recompute, and each stage's accumulate
     threads: int = 0  # CPU threads of torch; 0: as torch decides

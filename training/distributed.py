@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels.check import choose_impl
@@ -188,7 +189,14 @@ def world_size() -> int:
 
 
 def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
-    """The model as the loop calls it: compiled if asked, under DDP where there are processes."""
+    """The model as the loop calls it: compiled if asked, under DDP where there are processes.
+
+    A model in parts is compiled block by block, between the exchanges, and needs no DDP.
+    """
+    if isinstance(model, FSDPModule):
+        for block in (m for m in model.modules() if isinstance(m, FSDPModule) and m is not model):
+            block.forward = torch.compile(block.forward) if compiled else block.forward
+        return model
     wrapped = torch.compile(model) if compiled else model
     if world.size == 1:
         return wrapped

@@ -7,13 +7,17 @@ learning_rate(s) = lr * (s + 1) / warmup                                      s 
 
 import math
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models import Dialect
 
 from .config import Config, Stage
+from .shard import local, placed, whole
 
 
 def is_decayed(name: str, parameter: Tensor, dialect: Dialect) -> bool:
@@ -63,7 +67,49 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
     optim = config.optim
     eps = config.dialect.adam_eps if optim.adam_eps is None else optim.adam_eps
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=eps, fused=fused)
+    split = [_alike(group) for group in groups]
+    made = torch.optim.AdamW(
+        list(chain(*split)), betas=(optim.beta1, optim.beta2), eps=eps, fused=fused
+    )
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        made.register_state_dict_post_hook(partial(_whole_state, groups, split))
+        made.register_load_state_dict_pre_hook(partial(_placed_state, groups, split))
+    return made
+
+
+def _alike(group: dict) -> list[dict]:
+    """A group as those that a kernel takes: tensors in parts do not mix with others."""
+    kinds: dict[bool, list[Tensor]] = {}
+    for parameter in group["params"]:
+        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return [group | {"params": kind} for kind in kinds.values()] or [group]
+
+
+def _whole_state(groups: list[dict], split: list[list[dict]], _: object, state: dict) -> dict:
+    """A state_dict as one process has it: whole tensors, and no group split. All must call it."""
+    own = chain(*(group["params"] for group in chain(*split)))
+    moments = {parameter: state["state"].get(place) for place, parameter in enumerate(own)}
+    options, packed, count = iter(state["param_groups"]), [], 0
+    for group, parts in zip(groups, split, strict=True):
+        first, *_ = [next(options) for _ in parts]
+        packed.append(first | {"params": list(range(count, count + len(group["params"])))})
+        count += len(group["params"])
+    held = enumerate(moments[parameter] for group in groups for parameter in group["params"])
+    held = {n: {k: whole(v) for k, v in values.items()} for n, values in held if values}
+    return {**state, "state": held, "param_groups": packed}
+
+
+def _placed_state(groups: list[dict], split: list[list[dict]], _: object, state: dict) -> dict:
+    """The inverse of `_whole_state`, which reads this process's parts alone."""
+    packed, placed_moments = [], {}
+    for group, parts, saved in zip(groups, split, state["param_groups"], strict=True):
+        numbers = dict(zip(group["params"], saved["params"], strict=True))
+        packed += [saved | {"params": [numbers[p] for p in part["params"]]} for part in parts]
+        for parameter, n in numbers.items():
+            if n in state["state"]:
+                values = state["state"][n].items()
+                placed_moments[n] = {k: placed(v, parameter) for k, v in values}
+    return {**state, "state": placed_moments, "param_groups": packed}
 
 
 def learning_rate(step: int, stage: Stage) -> float:
@@ -98,6 +144,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, stage: Stage)
     return rate
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients in place to a global norm of at most max_norm; return the norm before.
 
@@ -111,10 +158,13 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if max_norm < 0:
         raise ValueError(f"clip_gradients: max_norm must be at least 0, got {max_norm}")
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    if parts:  # of all processes
+        norm = torch.hypot(norm, torch.nn.utils.get_total_norm(parts).full_tensor())
     if max_norm > 0 and gradients:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # torch's own epsilon
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
     return norm
 
 

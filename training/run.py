@@ -27,10 +27,12 @@ from data.text import Tokenizer
 from models import CLIP, forward_flops
 
 from . import checkpoint, report
+from .build import build_model
 from .config import Config, flat
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
 from .optim import SpikeGuard, learning_rate
+from .shard import unsharded
 from .watch import Watch, advice
 
 _STOPS = [  # Windows has no SIGUSR1
@@ -140,18 +142,18 @@ class Run:
         run = self.config.run
         if self.world.is_main and not Path(run.output).is_dir():
             raise RuntimeError(f"train: {run.output} must stay while it runs, got no such folder")
-        checkpoint.check_finite(model, optimizer, run.output, stage, done)
+        checkpoint.check_finite(model, optimizer, run.output, stage, done, self.world)
+        state = checkpoint.pack_state(
+            model,
+            optimizer,
+            self.config,
+            stage,
+            step=done,
+            tokenizer=self.tokenizer.to_json(),
+            metrics=self.metrics,
+            spikes=self.guard.state() if self.guard else {},
+        )
         if self.world.is_main:
-            state = checkpoint.pack_state(
-                model,
-                optimizer,
-                self.config,
-                stage,
-                step=done,
-                tokenizer=self.tokenizer.to_json(),
-                metrics=self.metrics,
-                spikes=self.guard.state() if self.guard else {},
-            )
             checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
         self.saved = time.monotonic()
 
@@ -257,7 +259,9 @@ def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
 
 def look(run: Run, stage: str, done: int, model: CLIP) -> str:
     """Evaluate in mid-stage: a line in evaluations.jsonl, and the best figures in words."""
-    figures = evaluation(run, stage, model)
+    vocabulary, device = run.tokenizer.vocab_size, run.world.device
+    whole = unsharded(model, lambda: build_model(run.config, stage, vocabulary).to(device))
+    figures = evaluation(run, stage, whole)
     if run.world.is_main:
         row = json.dumps({"stage": stage, "step": done, "figures": figures})
         with open(Path(run.config.run.output) / "evaluations.jsonl", "a") as file:

@@ -12,7 +12,7 @@ from data.batches import Batch
 from training.build import build_model, to_device
 from training.config import preset
 from training.distributed import World
-from training.memory import bytes_in, fitted, id_of, kept_bytes, planned, plans
+from training.memory import Plan, bytes_in, fitted, id_of, kept_bytes, planned, plans
 from training.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -133,6 +133,16 @@ def test_a_stage_is_made_to_fit():
     with pytest.raises(ValueError, match=r"run\.fit must hold stage short, got 1MB where"):
         fitted(small, ALONE)
     assert fitted(config, ALONE) == (config, {"short": "none", "full": "none"})
+
+
+def test_states_in_parts_are_counted_in_parts():
+    world = World(0, 0, 8, CPU)
+    config = big(stages__short__batch_size=64)
+    sizes = [
+        planned(changed(config, run__shard=kind), "short", Plan("none", 1, 0), world).bytes
+        for kind in ("none", "optimizer", "full")
+    ]
+    assert sizes[0] > sizes[1] > sizes[2] > 0
 
 
 @pytest.mark.parametrize("name", PRESETS)

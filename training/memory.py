@@ -112,11 +112,20 @@ def planned(config: Config, stage: str, plan: Plan, world: World) -> Plan:
     with torch.device("meta"):
         parameters = list(build_model(config, stage).parameters())
     trained = sum(one.numel() for one in parameters if one.requires_grad)
-    static = 4 * sum(one.numel() for one in parameters) + 12 * trained  # gradients, two moments
+    weights, parts = 4 * sum(one.numel() for one in parameters), world.size
+    kind = config.run.shard
+    static = weights if kind != "full" else weights / parts + 4 * _widest(config)
+    static += 12 * trained / (1 if kind == "none" else parts)  # gradients, two moments
     features = 4 * 4 * batch * SIZES[config.model.size][2]  # of both towers, and their gradients
     loss = features + 4 * min(_STRIP, rows) * batch
     # A block's gradients, or what is computed again of it, live beside what is kept.
-    return plan._replace(bytes=static + kept + block + loss)
+    return plan._replace(bytes=int(static) + kept + block + loss)
+
+
+def _widest(config: Config) -> int:
+    """Parameters of two blocks of the wider tower, which lie whole while one follows the other."""
+    width, _, _, ratio = SIZES[config.model.size][0]
+    return int(2 * width**2 * (4 + 2 * ratio))
 
 
 def plans(config: Config, stage: str, world: World) -> Iterator[Plan]:

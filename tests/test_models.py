@@ -22,6 +22,7 @@ from models import (
     resize_text_positions,
     sincos_2d,
 )
+from training.distributed import World, wrap
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -427,3 +428,38 @@ def test_bad_input_is_named(call, error, words):
 def test_configs_are_plain_data():
     for config in (VisionConfig(), TextConfig()):
         assert type(config)(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(("pool", "most"), [("cls", 6), ("mean", 5)])
+def test_blocks_compile_once_for_any_number_of_tokens(pool, most, monkeypatch):
+    """The first block, the last one, and one graph for all between, a tower; the results stay."""
+    graphs = []
+
+    def counter(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=counter, **how))
+    torch._dynamo.reset()
+    sizes = dict(vision=dict(image_size=32, pool=pool), text=dict(context=16, vocab_size=300))
+    model = build("S", 8, **sizes)  # of 12 layers a tower
+    plain = build("S", 8, **sizes)
+    plain.load_state_dict(model.state_dict())
+    wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")), compiled=True)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for lengths, kept in (([5, 7, 2], 5), ([9, 6, 4], 7), ([16, 1, 8], 11)):
+        ids = torch.randint(1, 299, (sum(lengths),))
+        ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        keep = torch.stack([torch.randperm(16)[:kept].sort()[0] for _ in range(3)])
+        images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+        outs = [m(images, Packed(ids, ends, max(lengths)), keep) for m in (wrapped, plain)]
+        for out in outs:
+            (out["image_features"] * out["text_features"]).sum().backward()
+        for name in ("image_features", "text_features"):
+            torch.testing.assert_close(outs[0][name], outs[1][name], rtol=1e-5, atol=1e-6)
+        assert len(graphs) == most
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)

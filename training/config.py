@@ -125,7 +125,7 @@ class RunPart:
     seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
     """of weights, order, crops and masks"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
-    compile: bool = False  # torch.compile the model; pays on long runs
+    compile: bool = False  # torch.compile the blocks; pays on long runs
     shard: Literal["none", "optimizer", "full"] = "none"
     """of several processes each keeps its part of moments and gradients; full: of weights too"""
     recompute: Literal["none", "mlp", "block"] = "none"  # what backward computes again, for memory

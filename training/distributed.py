@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels.check import choose_impl
+from models import CLIP
 
 T = TypeVar("T")
 
@@ -188,20 +189,28 @@ def world_size() -> int:
     return _ranks(os.environ)[2]
 
 
-def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
-    """The model as the loop calls it: compiled if asked, under DDP where there are processes.
+# Graphs of a block that torch keeps: of two towers, each the first, the others and the last one,
+# in training and in evaluation.
+_GRAPHS = 32
 
-    A model in parts is compiled block by block, between the exchanges, and needs no DDP.
+
+def wrap(model: CLIP, world: World, compiled: bool = False) -> nn.Module:
+    """The model as the loop calls it: its blocks compiled if asked, under DDP where there are
+    processes and it does not lie in parts.
+
+    Blocks of one kind share a graph, for any number of tokens; what lies between them, DDP's
+    exchange of gradients among it, stays as it is.
     """
-    if isinstance(model, FSDPModule):
-        for block in (m for m in model.modules() if isinstance(m, FSDPModule) and m is not model):
-            block.forward = torch.compile(block.forward) if compiled else block.forward
+    if compiled:
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
+        for tower in (model.visual.transformer, model.transformer):
+            for block in tower.resblocks:
+                block.forward = torch.compile(block.forward, dynamic=True)
+    if world.size == 1 or isinstance(model, FSDPModule):
         return model
-    wrapped = torch.compile(model) if compiled else model
-    if world.size == 1:
-        return wrapped
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def _ranks(env: os._Environ | dict[str, str]) -> tuple[int, int, int]:

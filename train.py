@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
 from data.batches import Batch, Tally
-from data.files import write_whole
 from data.pairs import USUAL
 from data.shards import check_captions
 from models import CLIP, load_weights
@@ -33,7 +32,7 @@ from training.build import (
     rehearse,
     to_device,
 )
-from training.config import Config, describe, flat, parse, to_json, validate
+from training.config import Config, describe, flat, parse, validate
 from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
 from training.feed import fed
@@ -54,6 +53,7 @@ from training.run import (
     identity,
     log_step,
     look,
+    open_logs,
     owned,
     remarks,
 )
@@ -203,7 +203,10 @@ def run_stage(
             break
         every = config.run.eval_every
         if every and done % every == 0 and done < sizes.steps:
+            paused = time.perf_counter()
             bar.message(look(run, stage, done, model))
+            meter.read()  # which must not count the pause
+            began += time.perf_counter() - paused
     tracer.close()
     bar.close()
     return done
@@ -213,7 +216,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     """Check and open all that the run needs before its first step; the state to resume from."""
     world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.decide(lambda: check_sets(*sets))
+    world.together(lambda: check_sets(*sets))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world, config.data.cache_gb)
@@ -227,17 +230,11 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     kind = config.run.watch if world.is_main else "none"
     watch = world.together(lambda: watcher(kind, Path(config.run.output), flat(config)))
     world.print(describe(config))
-    log = None
-    if world.is_main:
-        folder = Path(config.run.output)
-        at = (saved["stage"], saved["step"]) if saved else None
-        log = report.JsonLines(folder / "log.jsonl", list(config.stages), resume=at)
-        with write_whole(folder / "config.json") as file:
-            file.write(to_json(config).encode())
+    log, looks = open_logs(config, world, saved)
     metrics = {"seconds": {}, "stages": {}} | (saved["metrics"] if saved else {})
-    return Run(
-        config, world, stop, pairs, tokenizer, log, metrics, watch=watch, recompute=recompute
-    ), saved
+    run = Run(config, world, stop, pairs, tokenizer, log, metrics, looks=looks, watch=watch)
+    run.recompute = recompute
+    return run, saved
 
 
 def train(config: Config, world: World, stop: StopSignal) -> None:

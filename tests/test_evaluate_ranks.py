@@ -25,7 +25,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_two_and_three_processes_give_the_figures_of_one(tmp_path, photos):
+def test_three_processes_give_the_figures_of_one(tmp_path, photos):
     first = tmp_path / "1"
     words = flags("out", **SMALL, **BATCH, run__eval_images=photos)
     finished([member(0, 1, port(), words, first)])

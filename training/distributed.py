@@ -109,14 +109,29 @@ class World:
         """make(0), ... make(count - 1), in order, on every process; each makes every size-th.
 
         Args:
-            make: gives a tensor on the CPU. Every process must come with the same count.
+            make: gives a tensor on the CPU; what it raises on one process ends all.
+
+        Raises:
+            ValueError: processes came with different counts.
         """
-        own = [make(number) for number in range(self.rank, count, self.size)]
+        own, error = [], None
+        try:
+            own = [make(number) for number in range(self.rank, count, self.size)]
+        except (ValueError, OSError, RuntimeError) as caught:
+            error = caught
+        if self.size > 1:
+            shares: list = [None] * self.size
+            dist.all_gather_object(shares, (count, own, error is None))
+            if error is None and not all(good for _, _, good in shares):
+                raise SystemExit(1)  # told by the process that met it
+        if error is not None:
+            raise error
         if self.size == 1:
             return own
-        shares: list[list[Tensor]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(shares, own)
-        return [shares[number % self.size][number // self.size] for number in range(count)]
+        counts = [other for other, _, _ in shares]
+        if len(set(counts)) > 1:
+            raise ValueError(f"ranks: every process must come with the same number, got {counts}")
+        return [shares[number % self.size][1][number // self.size] for number in range(count)]
 
     def require_same(self, values: Mapping[str, object]) -> None:
         """ValueError on every process unless each came with rank 0's values; says what differs.

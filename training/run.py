@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import json
 import math
 import os
 import platform
@@ -23,12 +22,13 @@ except ImportError:  # Windows
 
 from data.batches import Batch, Tally, describe_faults
 from data.emoji import EmojiPairs, prompts_of
+from data.files import write_whole
 from data.text import Tokenizer
 from models import CLIP, forward_flops
 
 from . import checkpoint, report
 from .build import build_model
-from .config import Config, flat
+from .config import Config, flat, to_json
 from .distributed import World, autocast_dtype
 from .evaluation import Encoder, evaluate, table
 from .optim import SpikeGuard, learning_rate
@@ -133,6 +133,7 @@ class Run:
     shown: dict | None = None  # pictures of the last evaluation, with the names chosen
     guard: SpikeGuard | None = None  # of the stage that runs
     watch: Watch = lambda step, row: None
+    looks: report.JsonLines | None = None  # evaluations in mid-stage, of rank 0
     recompute: dict[str, str] = field(default_factory=dict)  # of each stage
     advised: set[str] = field(default_factory=set)  # stages whose advice was given
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
@@ -167,6 +168,21 @@ class Run:
         late = time.monotonic() - self.saved > 60 * run.save_minutes > 0
         by_steps = any(every and done % every == 0 for every in (run.save_every, run.keep_every))
         return (agreeing and self.world.any(late)) or by_steps
+
+
+def open_logs(
+    config: Config, world: World, saved: dict | None
+) -> tuple[report.JsonLines | None, report.JsonLines | None]:
+    """log.jsonl and evaluations.jsonl on rank 0, cut to where the run goes on; and config.json."""
+    if not world.is_main:
+        return None, None
+    folder, stages = Path(config.run.output), list(config.stages)
+    at = (saved["stage"], saved["step"]) if saved else None
+    with write_whole(folder / "config.json") as file:
+        file.write(to_json(config).encode())
+    names = ("log.jsonl", "evaluations.jsonl")
+    log, looks = (report.JsonLines(folder / name, stages, resume=at) for name in names)
+    return log, looks
 
 
 def log_step(
@@ -260,12 +276,11 @@ def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
 def look(run: Run, stage: str, done: int, model: CLIP) -> str:
     """Evaluate in mid-stage: a line in evaluations.jsonl, and the best figures in words."""
     vocabulary, device = run.tokenizer.vocab_size, run.world.device
-    whole = unsharded(model, lambda: build_model(run.config, stage, vocabulary).to(device))
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and thrown away
+        whole = unsharded(model, lambda: build_model(run.config, stage, vocabulary).to(device))
     figures = evaluation(run, stage, whole)
-    if run.world.is_main:
-        row = json.dumps({"stage": stage, "step": done, "figures": figures})
-        with open(Path(run.config.run.output) / "evaluations.jsonl", "a") as file:
-            file.write(row + "\n")
+    if run.looks is not None:
+        run.looks.write(stage=stage, step=done, figures=figures)
     name, first = next(iter(figures.items()))
     key = "top1" if "top1" in first else "image_to_text_r1"
     return f"{stage} {done}: {name}: {key} {100 * first[key]:.1f}"

@@ -4,6 +4,8 @@ python evaluate.py runs/emoji                             the embedded drawings,
 python evaluate.py runs/emoji --images photos             a folder of one folder a class
 python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards, and
                                                           classification, by val/classes.txt
+
+torchrun shares the work among processes: torchrun --nproc_per_node 8 evaluate.py runs/b16
 """
 
 import json
@@ -64,13 +66,14 @@ def main(argv: list[str] | None = None) -> None:
         load_weights(model, weights(state))
         dtype = autocast_dtype(config.run.precision, world.device)
         model = model.to(world.device).eval()
-        encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size)
+        encoder = Encoder(model, tokenizer, world.device, dtype, flags.batch_size, world)
         asked = flags.images or flags.shards
         pairs = None if asked else load_emoji()
         prompts = prompts_of(config.data.captions)
         sets = (flags.images, flags.shards, captions, own_prompts)
         results, _ = evaluate(encoder, pairs, prompts, *sets)
-        print(json.dumps(results, indent=2) if flags.json else table(results))
+        world.print(json.dumps(results, indent=2) if flags.json else table(results))
+        world.close()
 
 
 if __name__ == "__main__":

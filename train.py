@@ -33,7 +33,7 @@ from training.build import (
     to_device,
 )
 from training.config import Config, describe, flat, parse, validate
-from training.distributed import World, autocast_dtype, check_impl, setup, world_size, wrap
+from training.distributed import WIRES, World, autocast_dtype, check_impl, setup, world_size, wrap
 from training.evaluation import check_sets
 from training.feed import fed
 from training.memory import fitted
@@ -170,7 +170,7 @@ def run_stage(
     config, world, sizes = run.config, run.world, run.config.stages[stage]
     seconds, began = run.metrics["seconds"], time.perf_counter()
     before = seconds.get(stage, 0.0)
-    wrapped = wrap(model, world, config.run.compile)
+    wrapped = wrap(model, world, config.run.compile, WIRES[config.run.wire])
     batches = open_batches(config, stage, run.pairs, run.tokenizer, world, done)
     stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
@@ -258,7 +258,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
             load_weights(model, weights)  # position tables are resized between the stages
         elif config.model.init and not saved:
             world.together(lambda model=model: load_initial(model, config.model.init))
-        shard(model, world, config.run.shard)
+        shard(model, world, config.run.shard, WIRES[config.run.wire])
         optimizer, done, spikes = adamw(model, config), 0, None
         if saved and saved["stage"] == stage:
             done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]

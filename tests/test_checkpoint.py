@@ -246,7 +246,7 @@ CHANGES_NOTHING = {
     "run__device": "cpu", "run__compile": True, "run__impl": "torch", "run__threads": 2,
     "run__save_every": 7, "run__timeout": 9.0, "run__save_minutes": 1.0, "data__cache_gb": 7.0,
     "run__keep_every": 4, "run__watch": "wandb", "run__recompute": "mlp", "run__fit": "8GB",
-    "run__shard": "full", "run__profile": "1:2",
+    "run__shard": "full", "run__wire": "bf16", "run__profile": "1:2",
     "run__keep_checkpoints": 3, "run__eval_every": 3, "run__log_every": 9,
 }  # fmt: skip
 CHANGES_TRAINING = {

@@ -72,3 +72,16 @@ def test_four_then_two_then_three_then_one(tmp_path):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_gradients_may_travel_in_16_bits(tmp_path, kind):
+    """Half the bytes, and losses that differ by their rounding alone."""
+    found = {}
+    for wire in ("fp32", "bf16"):
+        steps = {"stages__short__steps": 5, "stages__full__steps": 0}
+        finished(launched(tmp_path / wire, 2, **steps, run__wire=wire, run__shard=kind))
+        found[wire] = logged(tmp_path / wire)
+    assert found["fp32"] != found["bf16"]
+    for place, loss in found["fp32"].items():
+        assert found["bf16"][place] == pytest.approx(loss, rel=2e-2)

@@ -25,10 +25,17 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_three_processes_give_the_figures_of_one(tmp_path, photos):
-    first = tmp_path / "1"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, photos):
+    """A folder whose `out` is a run that one process made."""
+    folder = tmp_path_factory.mktemp("trained")
     words = flags("out", **SMALL, **BATCH, run__eval_images=photos)
-    finished([member(0, 1, port(), words, first)])
+    finished([member(0, 1, port(), words, folder)])
+    return folder
+
+
+def test_three_processes_give_the_figures_of_one(trained, photos):
+    first, words = trained, flags("out", **SMALL, **BATCH, run__eval_images=photos)
     true = json.loads((first / "out" / "results.json").read_text())["stages"]
     assert true["full"]["images: photos0"]["n"] == 80
     assert true["full"]["images: photos0"]["skipped"] == 1
@@ -49,3 +56,12 @@ def test_looks_in_mid_stage_change_no_loss(tmp_path):
     rows = [json.loads(line) for line in lines]
     assert [(row["stage"], row["step"]) for row in rows] == [("short", 2), ("short", 4)]
     assert all(0 <= row["figures"]["new concepts"]["top1"] <= 1 for row in rows)
+
+
+def test_the_program_shares_the_work(trained, photos):
+    """evaluate.py by two processes prints, once, what it prints by one."""
+    words = ["out", "--images", str(photos), "--json"]
+    (one,) = finished([member(0, 1, port(), words, trained, "evaluate.py")])
+    at = port()
+    two = finished([member(rank, 2, at, words, trained, "evaluate.py") for rank in (0, 1)])
+    assert json.loads(two[0]) == json.loads(one) and two[1] == ""

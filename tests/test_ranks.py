@@ -22,14 +22,16 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def member(rank: int, size: int, at: int, words: list[str], folder: Path) -> subprocess.Popen:
+def member(
+    rank: int, size: int, at: int, words: list[str], folder: Path, program: str = "train.py"
+) -> subprocess.Popen:
     """One process of a run, in a folder of its own, as on another machine."""
     folder.mkdir(exist_ok=True)
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(at)}
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *words],
+        [sys.executable, ROOT / program, *words],
         cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -125,6 +125,7 @@ class RunPart:
     seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
     """of weights, order, crops and masks"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: where it is fast
+    wire: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between processes
     compile: bool = False  # torch.compile the blocks; pays on long runs
     shard: Literal["none", "optimizer", "full"] = "none"
     """of several processes each keeps its part of moments and gradients; full: of weights too"""

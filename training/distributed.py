@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -204,14 +205,18 @@ def world_size() -> int:
     return _ranks(os.environ)[2]
 
 
+WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients travel
+
 # Graphs of a block that torch keeps: of two towers, each the first, the others and the last one,
 # in training and in evaluation.
 _GRAPHS = 32
 
 
-def wrap(model: CLIP, world: World, compiled: bool = False) -> nn.Module:
+def wrap(
+    model: CLIP, world: World, compiled: bool = False, wire: torch.dtype = torch.float32
+) -> nn.Module:
     """The model as the loop calls it: its blocks compiled if asked, under DDP where there are
-    processes and it does not lie in parts.
+    processes and it does not lie in parts. DDP's gradients travel in the dtype `wire`.
 
     Blocks of one kind share a graph, for any number of tokens; what lies between them, DDP's
     exchange of gradients among it, stays as it is.
@@ -225,7 +230,10 @@ def wrap(model: CLIP, world: World, compiled: bool = False) -> nn.Module:
     if world.size == 1 or isinstance(model, FSDPModule):
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    if wire == torch.bfloat16:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def _ranks(env: os._Environ | dict[str, str]) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models import CLIP
@@ -17,7 +17,7 @@ from models import CLIP
 from .distributed import World
 
 
-def shard(model: CLIP, world: World, kind: str) -> None:
+def shard(model: CLIP, world: World, kind: str, wire: torch.dtype = torch.float32) -> None:
     """Cut a model in place, each tensor by its rows; the optimiser is made after it.
 
     Args:
@@ -26,10 +26,12 @@ def shard(model: CLIP, world: World, kind: str) -> None:
         kind: "none" leaves the model as it is; "optimizer" gathers the weights in the forward and
             lets them go in the backward; "full" lets a block's go after its forward, and gathers
             them again. In both a gradient is summed as it is made, and only its part is kept.
+        wire: dtype in which gradients travel and are summed.
     """
     if kind == "none" or world.size == 1:
         return
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)))
+    how |= dict(mp_policy=MixedPrecisionPolicy(reduce_dtype=wire))
 
     def average(scalar: Tensor) -> None:
         scalar.grad.copy_(world.mean(scalar.grad))
@@ -38,8 +40,8 @@ def shard(model: CLIP, world: World, kind: str) -> None:
     for scalar in scalars:  # which FSDP2 does not cut
         scalar.register_post_accumulate_grad_hook(average)
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=kind == "full")
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
+        fully_shard(block, **how, reshard_after_forward=kind == "full")
+    fully_shard(model, **how, reshard_after_forward=False, ignored_params=scalars)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gloo takes a mean for a sum in torch 2.8
             module.set_force_sum_reduction_for_comms(True)

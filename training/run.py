@@ -239,7 +239,7 @@ def remarks(run: Run, stage: str, done: int, row: dict, tally: Tally) -> list[st
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     told = advice(row, memory, data.source != "emoji", data.workers)
-    if told and stage not in run.advised:
+    if told and stage not in run.advised and done >= 10:  # the first steps wait for all
         run.advised.add(stage)
         said.append(f"{stage} {done}: {told}")
     return said

@@ -87,11 +87,12 @@ def test_advice():
 
 
 def test_the_launcher_for_slurm(tmp_path):
-    """Its srun line, run with a stand-in for srun, starts torchrun with what SLURM tells."""
+    """Its srun line, run with a stand-in for srun, starts torchrun with what SLURM tells, and USR1
+    does not end it."""
     for name, text in {
         "srun": '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n',
-        "torchrun": '#!/bin/sh\necho "torchrun $@"\n',
-        "scontrol": "#!/bin/sh\necho gpu07\necho gpu08\n",
+        "torchrun": '#!/bin/sh\nkill -USR1 $$\necho "torchrun $@"\n',
+        "scontrol": '#!/bin/sh\ncase $1 in requeue) echo "again $2";; *) echo gpu07;; esac\n',
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -100,18 +101,23 @@ def test_the_launcher_for_slurm(tmp_path):
         "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "123456",
     }  # fmt: skip
     script = ROOT / "examples" / "train.slurm"
-    out = subprocess.run(
-        ["bash", script, "--preset", "clipa-v1-b16"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+
+    def launch() -> str:
+        command = ["bash", str(script), "--preset", "clipa-v1-b16"]
+        how = dict(env=env, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(command, **how, check=True).stdout
+
+    out = launch()
     launched = next(line for line in out.splitlines() if line.startswith("torchrun"))
     for words in (
         "--nnodes 2", "--nproc_per_node 8", "--rdzv_id 123456", "--rdzv_endpoint gpu07:",
         "train.py", "--preset clipa-v1-b16",
     ):  # fmt: skip
         assert words in launched
+    assert "again 123456" in out  # as there are no results yet
+    results = tmp_path / "runs" / "clipa-v1-b16" / "results.json"
+    results.parent.mkdir(parents=True)
+    results.touch()
+    assert "again" not in launch()
     text = script.read_text()
     assert "#SBATCH --signal=USR1@" in text and "#SBATCH --requeue" in text

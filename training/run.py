@@ -9,6 +9,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -137,9 +138,15 @@ class Run:
     recompute: dict[str, str] = field(default_factory=dict)  # of each stage
     advised: set[str] = field(default_factory=set)  # stages whose advice was given
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
+    writer: Executor = field(default_factory=lambda: ThreadPoolExecutor(1))  # of rank 0
+    writing: Future | None = None  # the checkpoint that the writer was given last
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
-        """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
+        """Have a checkpoint written, by rank 0, if there is nothing but finite numbers to write.
+
+        Training goes on while it is; the one before must be on the disk first.
+        """
+        self.written()
         run = self.config.run
         if self.world.is_main and not Path(run.output).is_dir():
             raise RuntimeError(f"train: {run.output} must stay while it runs, got no such folder")
@@ -155,8 +162,30 @@ class Run:
             spikes=self.guard.state() if self.guard else {},
         )
         if self.world.is_main:
-            checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
+            cuda = self.world.device.type == "cuda"
+            state = checkpoint.snapshot(state)
+            copied = torch.cuda.current_stream(self.world.device).record_event() if cuda else None
+
+            def write() -> None:
+                if copied is not None:
+                    copied.synchronize()
+                checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
+
+            self.writing = self.writer.submit(write)
         self.saved = time.monotonic()
+
+    def written(self) -> None:
+        """Wait until the last checkpoint is on the disk; all processes end if it cannot be.
+
+        Every process must call it.
+        """
+        writing, self.writing = self.writing, None
+        self.world.together(lambda: writing and writing.result())
+
+    def stopped(self, where: str) -> None:
+        """Say that a signal ended the run; every process must call it."""
+        self.written()
+        self.world.print(f"{self.stop.name or 'stopped'}: {where}")
 
     def due(self, done: int, agreeing: bool) -> bool:
         """Whether a checkpoint is to be written after step `done`, on every process alike.
@@ -166,6 +195,8 @@ class Run:
         """
         run = self.config.run
         late = time.monotonic() - self.saved > 60 * run.save_minutes > 0
+        writing = self.writing  # one that failed is told by the next
+        late |= writing is not None and writing.done() and writing.exception() is not None
         by_steps = any(every and done % every == 0 for every in (run.save_every, run.keep_every))
         return (agreeing and self.world.any(late)) or by_steps
 
@@ -203,6 +234,7 @@ def log_step(
     loss = run.world.mean(values["loss"]).item()
     guard = run.guard
     if not math.isfinite(loss) and not (guard and bool(guard.spike)):  # which harmed nothing
+        run.written()
         raise checkpoint.not_finite(
             f"the loss must be finite, got {loss}", run.config.run.output, stage, done
         )

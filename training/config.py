@@ -101,6 +101,7 @@ class OptimPart:
     loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's or SigLIP's
     weight_decay: float = 0.1  # decoupled; on the tensors that the dialect decays
     beta1: float = 0.9  # Adam's momentum
+    moment: Literal["fp32", "bf16"] = "fp32"  # in which Adam's momentum rests between steps
     beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
     adam_eps: float | None = None  # None: the dialect's
     clip_norm: float = 0.0  # largest gradient norm; 0: not clipped

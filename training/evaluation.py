@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval: features of a model, and figures of a set.
+"""Zero-shot classification and retrieval: from sets of pictures and texts to their figures.
 
 Classification compares an image's feature with each class's: the mean of the normalised features of
 its prompts, normalised again. Retrieval ranks captions for an image and images for a caption.
@@ -9,15 +9,12 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipa_kernels import Packed
-from data.augment import resize
 from data.batches import Fault, add_faults, loaded
 from data.classes import Names, classes_in
 from data.emoji import PROMPTS, EmojiPairs
@@ -28,86 +25,22 @@ from data.patterns import file_names
 from data.pictures import ShardPictures, check_labels, check_samples
 from data.remote import is_remote, read_small
 from data.shards import warn, warn_of
-from data.text import Tokenizer
-from models import CLIP
 
 from .distributed import World
+from .encoder import Encoder as Encoder
 from .figures import (
     ALONE,
     classification,
+    embedded_line,
     pair_losses,
     resizing,
     retrieval,
-    told,
-    told_embedded,
+    set_line,
 )
 from .figures import table as table
 
 # For pictures of one's own: a few of OpenAI's templates for ImageNet.
 PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
-
-
-@dataclass
-class Encoder:
-    """A model with what its inputs need: features of pictures and of texts, normalised, fp32."""
-
-    model: CLIP
-    tokenizer: Tokenizer
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    batch_size: int = 256
-    world: World | None = None  # whose processes share the work, and must all call it
-
-    def _run(self, function, *inputs) -> Tensor:
-        fast = self.dtype != torch.float32
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=fast):
-            return F.normalize(function(*inputs).float(), dim=-1).cpu()
-
-    def _features(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
-        """Of batches 0 to count - 1, which the processes share; on all of them, in order.
-
-        What a batch is does not depend on the number of processes, so nor do the features.
-        """
-        parts = (self.world or ALONE).share(count, make)
-        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
-
-    def alone(self) -> "Encoder":
-        """Of this process, which shares nothing."""
-        return replace(self, world=None)
-
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [n, H, W, 3] of any size, squashed to the model's -> [n, E]."""
-        size, parts = self.model.visual.config.image_size, images.split(self.batch_size)
-
-        def make(number: int) -> Tensor:
-            pixels = resize(parts[number], size).permute(0, 3, 1, 2)
-            return self._run(self.model.encode_image, pixels.to(self.device))
-
-        return self._features(len(parts) if len(images) else 0, make)
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Captions -> [n, E]."""
-        config, step = self.model.config, self.batch_size
-
-        def make(number: int) -> Tensor:
-            part = texts[number * step : (number + 1) * step]
-            pad = config.pool == "last"
-            ids, ends, longest = self.tokenizer.encode(part, config.context, pad=pad)
-            packed = Packed(ids.to(self.device), ends.to(self.device), longest)
-            return self._run(self.model.encode_text, packed)
-
-        return self._features(-(-len(texts) // step), make)
-
-    def classes(self, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        """Class features [C, E]: mean over the prompts of each name, normalised again."""
-        step, alone = max(1, self.batch_size // len(prompts)), self.alone()
-
-        def make(number: int) -> Tensor:
-            part = names[number * step : (number + 1) * step]
-            features = alone.texts([prompt.format(name) for name in part for prompt in prompts])
-            return F.normalize(features.view(len(part), len(prompts), -1).mean(1), dim=-1)
-
-        return self._features(-(-len(names) // step), make)
 
 
 def evaluate_emoji(
@@ -436,7 +369,7 @@ def evaluate(
     features_of = _once(encoder.classes)
     if pairs is not None:
         results, shown = evaluate_emoji(encoder, pairs, prompts)
-        say(told_embedded(encoder.model, results, len(prompts)))
+        say(embedded_line(encoder.model, results, len(prompts)))
     found: dict[str, tuple[dict, int]] = {}
     if images:
         given = own_prompts or PHOTO_PROMPTS
@@ -451,7 +384,7 @@ def evaluate(
         name = f"{kind}: {Path(path).name.encode(errors='backslashreplace').decode()}"
         results[name] = figures
         by = (_world(encoder).size, workers)
-        say(told(name, encoder.model, figures, templates, *by))
+        say(set_line(name, encoder.model, figures, templates, *by))
     return results, shown
 
 

@@ -131,7 +131,7 @@ def resizing(model: CLIP) -> dict[str, int | bool | str]:
     return dict(size=size, squash=squash, interpolation=interpolation)
 
 
-def told(
+def set_line(
     name: str, model: CLIP, figures: dict, templates: int, processes: int, workers: int
 ) -> str:
     """How a set was evaluated, in a line."""
@@ -149,7 +149,7 @@ def told(
     return f"{name}: " + "; ".join([seen, *asked, counts, f"decoded by {by}"])
 
 
-def told_embedded(model: CLIP, results: dict[str, dict], templates: int) -> str:
+def embedded_line(model: CLIP, results: dict[str, dict], templates: int) -> str:
     """How the embedded set was evaluated, in a line."""
     parts = [figures for name, figures in results.items() if name != "held-out drawings"]
     classes = sorted(round(1 / figures["chance"]) for figures in parts)

@@ -102,7 +102,7 @@ SHOWS = {
     "python train.py --help": "--preset",
     "python evaluate.py runs/emoji": "held-out drawings",
     "python evaluate.py runs/b16 --images imagenet/val --classes imagenet --prompts imagenet "
-    "--workers 4": "2 templates x 2 classes; n 2, skipped 0; decoded by 1 process x 1 worker",
+    "--workers 4": "2 templates x 2 classes; n 2, skipped 0; decoded by 1 process x 2 workers",
     "python -m data.write photos shards": "40 samples, and sizes.json, in ",
     'python -m data.index "shards/{00000..41407}.tar"': "40 samples",
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",

@@ -89,9 +89,10 @@ def pair_losses(
     Returns:
         "loss", the mean over the batches, and "loss_batch", their size.
     """
-    if getattr(model, "logit_scale", None) is None or not len(images):
+    scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
+    if not isinstance(scale, Tensor) or not len(images):
         return {}
-    scale, bias = model.logit_scale.detach(), getattr(model, "logit_bias", None)
+    scale = scale.detach()
     size = min(batch, len(images))
     count = len(images) // size
 

@@ -218,7 +218,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     """Check and open all that the run needs before its first step; the state to resume from."""
     world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.together(lambda: check_sets(*sets))
+    world.together(lambda: check_sets(*sets, config.run.eval_classes))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world, config.data.cache_gb)

@@ -100,17 +100,17 @@ class World:
         made, error = None, None
         try:
             made = make()
-        except (ValueError, OSError, RuntimeError) as caught:
-            error = caught
+        except (ValueError, OSError, RuntimeError, SystemExit) as caught:
+            error = caught  # SystemExit: another process's error, already told
         if self.any(error is not None):
             raise error or SystemExit(1)  # told by the process that met it
         return made
 
-    def share(self, count: int, make: Callable[[int], Tensor]) -> list[Tensor]:
+    def share(self, count: int, make: Callable[[int], T]) -> list[T]:
         """make(0), ... make(count - 1), in order, on every process; each makes every size-th.
 
         Args:
-            make: gives a tensor on the CPU; what it raises on one process ends all.
+            make: gives what pickles; what it raises on one process ends all.
 
         Raises:
             ValueError: processes came with different counts.

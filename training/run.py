@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -22,6 +22,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from data.batches import Batch, Tally, describe_faults
+from data.classes import classes_in, prompts_in
 from data.emoji import EmojiPairs, prompts_of
 from data.files import write_whole
 from data.text import Tokenizer
@@ -288,16 +289,36 @@ def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[st
     return row | ({"samples_by_source": by_source} if by_source else {})
 
 
-def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
-    """Figures of each split, by all processes; keeps the pictures for the report."""
-    dtype = autocast_dtype(run.config.run.precision, run.world.device)
+def evaluation(
+    run: Run, stage: str, model: CLIP, say: Callable[[str], object] | None = None
+) -> dict[str, dict]:
+    """Figures of each split, by all processes; keeps the pictures for the report.
+
+    Args:
+        say: takes a line that tells how each set was evaluated; None prints it.
+    """
+    config, world = run.config, run.world
+    dtype = autocast_dtype(config.run.precision, world.device)
     training = model.training
-    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype, world=run.world)
+    encoder = Encoder(model.eval(), run.tokenizer, world.device, dtype, world=world)
     began = time.perf_counter()
-    captions = run.config.caption_keys.for_retrieval()
-    extra = (run.config.run.eval_images, run.config.run.eval_shards, captions)
-    prompts = prompts_of(run.config.data.captions)
-    figures, run.shown = run.world.together(lambda: evaluate(encoder, run.pairs, prompts, *extra))
+
+    def figures_of() -> tuple[dict[str, dict], dict]:
+        return evaluate(
+            encoder,
+            run.pairs,
+            prompts_of(config.data.captions),
+            config.run.eval_images,
+            config.run.eval_shards,
+            config.caption_keys.for_retrieval(),
+            prompts_in(config.run.eval_prompts),
+            classes=classes_in(config.run.eval_classes),
+            workers=config.data.workers,
+            loss_batch=config.stages[stage].batch_size,
+            say=say or world.print,
+        )
+
+    figures, run.shown = world.together(figures_of)
     model.train(training)
     seconds = run.metrics["seconds"]
     name = f"{stage} evaluation"
@@ -306,16 +327,21 @@ def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
 
 
 def look(run: Run, stage: str, done: int, model: CLIP) -> str:
-    """Evaluate in mid-stage: a line in evaluations.jsonl, and the best figures in words."""
+    """Evaluate in mid-stage: a line in evaluations.jsonl, and figures in words."""
     vocabulary, device = run.tokenizer.vocab_size, run.world.device
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and thrown away
         whole = unsharded(model, lambda: build_model(run.config, stage, vocabulary).to(device))
-    figures = evaluation(run, stage, whole)
+    said: list[str] = []
+    figures = evaluation(run, stage, whole, said.append)
     if run.looks is not None:
         run.looks.write(stage=stage, step=done, figures=figures)
     name, first = next(iter(figures.items()))
     key = "top1" if "top1" in first else "image_to_text_r1"
-    return f"{stage} {done}: {name}: {key} {100 * first[key]:.1f}"
+    said.append(f"{stage} {done}: {name}: {key} {100 * first[key]:.1f}")
+    for name, each in figures.items():
+        if "loss" in each:
+            said.append(f"{stage} {done}: {name}: loss {each['loss']:.4f}")
+    return "\n".join(said)
 
 
 def finish(run: Run, stage: str, model: CLIP) -> None:

@@ -218,12 +218,13 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     """Check and open all that the run needs before its first step; the state to resume from."""
     world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.together(lambda: check_sets(*sets, config.run.eval_classes))
+    world.together(lambda: check_sets(*sets, config.run.eval_classes, config.data.cache_gb))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
-            world.decide(lambda: check_captions(config.data.source, config.caption_keys))
+            captions = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
+            world.decide(lambda: check_captions(config.data.source, **captions))
     config, recompute = fitted(config, world)
     saved = checkpoint.find(config, world, partial(check_resumes, config=config))
     pairs, tokenizer = open_data(config, saved, world)

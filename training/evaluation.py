@@ -70,12 +70,17 @@ def evaluate_emoji(
 
 
 def check_sets(
-    images: str = "", shards: str = "", captions: Captions = USUAL, classes: str = ""
+    images: str = "",
+    shards: str = "",
+    captions: Captions = USUAL,
+    classes: str = "",
+    cache_gb: float = 100.0,
 ) -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first.
 
     Args:
         classes: as `classes_in`; class folders and each .cls must fit them.
+        cache_gb: as ShardPictures.
     """
     names = classes_in(classes)
     if images:
@@ -85,7 +90,7 @@ def check_sets(
         if not any(len(pictures[number].images) for number in range(len(pictures))):
             raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
     if shards:
-        check_samples(shards, captions, len(names.names) if names else 0)
+        check_samples(shards, captions, len(names.names) if names else 0, cache_gb)
 
 
 @dataclass
@@ -316,6 +321,7 @@ def _both(
     prompts: Sequence[str],
     workers: int,
     loss_batch: int,
+    cache_gb: float,
 ) -> dict[str, tuple[dict, int]]:
     """Retrieval and classification figures of shards whose pictures are read once.
 
@@ -326,7 +332,7 @@ def _both(
         by "shards" and "classes", where there are such figures, these and the number of templates.
     """
     names = _world(encoder).decide(lambda: listed_classes(pattern))
-    how = dict(captions=captions, named=bool(names), labelled=bool(classes))
+    how = dict(captions=captions, named=bool(names), labelled=bool(classes), cache_gb=cache_gb)
     seen = _see_shards(encoder, pattern, workers, **how)
     retrieved, named, templates = _retrieved(encoder, seen, loss_batch), None, prompts
     if classes:
@@ -353,6 +359,7 @@ def evaluate(
     classes: Names | None = None,
     workers: int = 0,
     loss_batch: int = 256,
+    cache_gb: float = 100.0,
     say: Callable[[str], object] = lambda line: None,
 ) -> tuple[dict[str, dict], dict]:
     """(figures of each set, pictures to show with the names chosen) of all that is asked for.
@@ -362,6 +369,7 @@ def evaluate(
             evaluate_classes.
         classes: what the folders of images, and each .cls in shards, are called.
         workers, loss_batch: as evaluate_shards.
+        cache_gb: as ShardPictures.
         say: takes a line that tells how each set was evaluated.
     """
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
@@ -376,7 +384,7 @@ def evaluate(
         more = dict(classes=classes, workers=workers, features_of=features_of)
         found["images"] = evaluate_folder(encoder, images, given, **more), len(given)
     if shards:
-        more = (features_of, own_prompts, workers, loss_batch)
+        more = (features_of, own_prompts, workers, loss_batch, cache_gb)
         found |= _both(encoder, shards, captions, classes, *more)
     for kind, (figures, templates) in found.items():
         path = images if kind == "images" else shards

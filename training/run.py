@@ -313,6 +313,7 @@ def evaluation(
             config.caption_keys.for_retrieval(),
             prompts_in(config.run.eval_prompts),
             classes=classes_in(config.run.eval_classes),
+            cache_gb=config.data.cache_gb,
             workers=config.data.workers,
             loss_batch=config.stages[stage].batch_size,
             say=say or world.print,

@@ -184,12 +184,13 @@ def run_stage(
             batch = next(stream)
         values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
         done += 1
+        run.alarm.set(done)
         meter.add(sizes.batch_size, round(values["tokens"] * world.size))
         tally.add(batch)
         shown = {}
         if done % config.run.log_every == 0 or done == sizes.steps:
             row = log_step(run, stage, done, values, meter, batch, model, tally)
-            for words in remarks(run, stage, done, row, tally):
+            for words in remarks(run, stage, done, row, tally, model):
                 bar.message(words)
             tally, shown = Tally(), {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)

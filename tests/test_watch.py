@@ -84,6 +84,10 @@ def test_advice():
     assert "data waits 50%" in waits and "data.shrink" in waits and "none decode now" in waits
     assert advice(fine | {"data_wait": 0.5}, None, False, 0) == ""  # the embedded set has none
     assert "accumulate" in advice(fine | {"peak_memory_bytes": 95}, 100, True, 2)
+    assert advice(fine, None, True, 2, exchange=0.4, step=1.0) == ""
+    slow = advice(fine, None, True, 2, exchange=0.6, step=1.0)
+    assert "would take 0.6 of a step's 1 s" in slow and "--run.wire bf16" in slow
+    assert "--run.wire" not in advice(fine, None, True, 2, exchange=0.6, step=1.0, wire="bf16")
 
 
 def test_the_launcher_for_slurm(tmp_path):

@@ -133,6 +133,7 @@ class RunPart:
     fit: str = ""  # memory of a process, "80GB": chooses recompute, and each stage's accumulate
     threads: int = 0  # CPU threads of torch; 0: as torch decides
     timeout: float = 600.0  # seconds that a process waits for the others before it ends
+    step_timeout: float = 120.0  # the same of a step, after the first of a stage or since a pause
     save_every: int = 500  # steps between checkpoints
     save_minutes: float = 0.0  # minutes between checkpoints too; 0: steps alone
     keep_every: int = 0  # steps between checkpoints that stay for good; 0: none does
@@ -334,6 +335,7 @@ _RANGES = {
     "run.threads": "[0, 512]",
     "run.seed": "[0, 9223372036854775807]",
     "run.timeout": "[1, 1e6]",
+    "run.step_timeout": "[1, 1e6]",
     "run.save_every": "[1, 1e18]",
     "run.save_minutes": "[0, 1e6]",
     "run.keep_every": "[0, 1e18]",
@@ -459,6 +461,7 @@ def _check_files(config: Config) -> None:
         _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
     if init := config.model.init:
         _require(Path(init).exists(), "model.init", "be a file or folder of weights", repr(init))
+    _require(bool(run.output.strip()), "run.output", "be the name of a folder", repr(run.output))
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run.output).close()

@@ -2,6 +2,10 @@
 
 import os
 import re
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels.check import choose_impl
@@ -160,6 +165,49 @@ class World:
             dist.destroy_process_group()
 
 
+class Alarm:
+    """Ends a process whose steps no longer end, while several train: another is lost or stopped.
+
+    Calls of a process group cannot be interrupted from Python, and NCCL's and an old gloo's
+    time-outs not be changed well, so a thread says a sentence and ends the process. It counts its
+    own wakings, not the clock: a job that was suspended as a whole goes on.
+
+    Args:
+        world: one process alone has no alarm.
+        seconds: that a step may take, once set.
+    """
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self._world, self._seconds = world, seconds
+        self._done: int | None = None  # steps; None: at rest
+        if world.size > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def set(self, done: int) -> None:
+        """After a step: the next one must end in time. After a rest all processes meet first."""
+        if self._done is None:
+            self._world.any(False)
+        self._done = done
+
+    def rest(self) -> None:
+        """Processes may wait long for each other again: at a save, an evaluation, a start."""
+        self._done = None
+
+    def _watch(self) -> None:
+        tick, seen, waited = min(1.0, self._seconds / 10), None, 0.0
+        while waited < self._seconds:
+            time.sleep(tick)
+            done = self._done
+            waited = 0.0 if done is None or done != seen else waited + tick
+            seen = done
+        came = f"no end of the step after {seen} in {self._seconds:g} s (--run.step-timeout)"
+        sys.stdout.flush()
+        print(
+            f"train.py: processes must answer each other, got {came}", file=sys.stderr, flush=True
+        )
+        os._exit(1)
+
+
 def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) -> World:
     """Join the processes that torchrun or srun started, or be the only one.
 
@@ -190,6 +238,7 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
         try:
             dist.init_process_group(
                 backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
+                store=_meet(rank, size, timeout),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout),
@@ -198,6 +247,30 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
         except RuntimeError as error:
             raise RuntimeError(f"setup: {size} processes must meet, got {error}") from error
     return World(rank, local_rank, size, where)
+
+
+def _meet(rank: int, size: int, timeout: float) -> dist.Store:
+    """A store that holds words of these processes alone.
+
+    torchrun keeps one store over its restarts, which has the addresses of processes that died. So
+    each process brings a name that nobody had, and rank 0 answers to each with its own.
+    """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    own, began = uuid.uuid4().hex, time.monotonic()
+    if rank:
+        store.set(f"name of {rank}", own)
+        start = store.get(f"answer to {own}").decode()  # waits for it
+        store.set(f"{start}: {rank} is here", "")
+        return dist.PrefixStore(start, store)
+    away = list(range(1, size))
+    while away := [other for other in away if not store.check([f"{own}: {other} is here"])]:
+        for other in away:
+            if store.check([f"name of {other}"]):  # perhaps of one that died
+                store.set("answer to " + store.get(f"name of {other}").decode(), own)
+        if time.monotonic() - began > timeout:
+            raise RuntimeError(f"none of rank {away[0]} in {timeout:g} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def world_size() -> int:
@@ -290,6 +363,22 @@ def _device(name: str, local_rank: int, size: int) -> torch.device:
         reason = str(error).partition(". ")[0]
         raise RuntimeError(f"setup: device {name} must be one that works, got {reason}") from error
     return device
+
+
+def exchange_seconds(model: nn.Module, world: World, wire: torch.dtype) -> float:
+    """What the sum of all gradients over the processes takes when nothing else runs.
+
+    Every process must call it. Measured on a part of at most 32 MB, after one to warm up.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    part = torch.zeros(min(count, 2**25 // wire.itemsize), dtype=wire, device=world.device)
+    for _ in range(2):
+        world.any(False)  # all begin together
+        began = time.perf_counter()
+        dist.all_reduce(part)
+        part[:1].cpu()  # waits for the device
+        seconds = time.perf_counter() - began
+    return seconds * count / max(1, len(part))
 
 
 def check_impl(impl: str, device: torch.device) -> None:

@@ -4,6 +4,7 @@ None of these packages is needed; one that is asked for and missing is told befo
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,37 @@ class Tracer:
             self._profiler = None
 
 
-def advice(row: Mapping[str, Any], memory: float | None, shards: bool, workers: int) -> str:
+def advice(
+    row: Mapping[str, Any],
+    memory: float | None,
+    shards: bool,
+    workers: int,
+    exchange: float = 0.0,
+    step: float = math.inf,
+    wire: str = "fp32",
+) -> str:
     """What the numbers of a row suggest, in a sentence; "" where all is well.
 
     Args:
         row: of the log. memory: bytes of the device; None where it is not known.
         shards: whether the data is shards. workers: processes that decode them.
+        exchange: seconds of the sum of gradients over processes, when nothing else runs.
+        step: seconds of a whole step. wire: dtype in which gradients travel.
     """
     if row["data_wait"] > 0.2 and shards:
         more = "more --data.workers" if workers else "--data.workers (none decode now)"
         return (
             f"data waits {row['data_wait']:.0%} of the time: try {more}, or smaller pictures "
             "(python -m data.shrink); python -m data.bench says how many cores it needs"
+        )
+    # Of a step that hides all it can, the backward is two thirds: more than that must wait. One of
+    # few buckets hides little. Half lies between.
+    if exchange > 0.5 * step:
+        less = "" if wire == "bf16" else "--run.wire bf16 halves its bytes, "
+        return (
+            f"the wire is slow: the sum of gradients alone would take {exchange:.3g} of a step's "
+            f"{step:.3g} s: {less}a larger batch_size, with accumulate where memory is short, "
+            "exchanges them less often"
         )
     peak = row.get("peak_memory_bytes")
     if memory and peak and peak > 0.92 * memory:

@@ -1,6 +1,7 @@
 """Processes of a run that differ, die or stop: a sentence on every one of them, and no hang."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -46,6 +47,7 @@ def end(processes: list[subprocess.Popen]) -> list[str]:
     for process in processes:
         out, _ = process.communicate(timeout=120)
         assert process.returncode != 0 and "Traceback" not in out, out
+        assert re.search(r"^(train\.py: .+ got .+|rank \d ends: )", out, re.M), out
         said.append(out)
     return said
 
@@ -117,6 +119,15 @@ def test_a_port_in_use(tmp_path):
     assert "2 processes must meet, got" in out and "in use" in out
 
 
+def test_a_stranger_at_the_port_who_never_answers(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        at, how = taken.getsockname()[1], words(run__timeout=5)
+        said = end([member(rank, 2, at, how, tmp_path / f"n{rank}") for rank in (0, 1)])
+    assert all("2 processes must meet, got" in out for out in said)
+
+
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 def test_a_rank_that_stops_in_mid_run(tmp_path, name):
     """Missed in the time of a step; a rank that comes later than that is waited for."""
@@ -161,5 +172,5 @@ def test_an_alarm_is_set_between_steps_alone(monkeypatch, capsys):
     alarm.set(7)
     assert not ended.is_set()
     assert ended.wait(20)
-    said = "train.py: processes must answer each other, got no end of the step after 7 in 0.8 s"
+    said = ": processes must answer each other, got no end of the step after 7 in 0.8 s"
     assert said in capsys.readouterr().err

@@ -20,8 +20,8 @@ TWO = {"stages__short__steps": 4, "stages__full__steps": 3, "run__log_every": 2}
 class Writer:
     """TensorBoard's, as far as it is used."""
 
-    def __init__(self, folder):
-        self.folder, self.rows = folder, []
+    def __init__(self, folder, purge_step):
+        self.folder, self.first, self.rows = folder, purge_step, []
         Writer.last = self
 
     def add_scalar(self, name, value, step):
@@ -41,7 +41,7 @@ def test_a_run_shows_its_numbers_on_tensorboard(tmp_path, monkeypatch):
     # Steps count on over the stages.
     steps = [row["step"] + (4 if row["stage"] == "full" else 0) for row in rows]
     assert losses == list(zip(steps, [row["loss"] for row in rows], strict=True))
-    assert steps == [2, 4, 6, 7]
+    assert steps == [2, 4, 6, 7] and Writer.last.first == 2
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])

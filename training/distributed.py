@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -95,10 +96,14 @@ class World:
             dist.broadcast_object_list(box, device=torch.device("cpu"))  # by gloo
             made, good = box[0]
             if not good and not self.is_main:
-                raise SystemExit(1)
+                raise self.left()
         if error is not None:
             raise error
         return made
+
+    def left(self) -> SystemExit:
+        """What a process raises as another met an error, which that one tells."""
+        return SystemExit(f"rank {self.rank} ends: another process met an error, and tells it")
 
     def together(self, make: Callable[[], T]) -> T:
         """What this process makes; where any raises ValueError, OSError, RuntimeError, all end."""
@@ -108,7 +113,7 @@ class World:
         except (ValueError, OSError, RuntimeError) as caught:
             error = caught
         if self.any(error is not None):
-            raise error or SystemExit(1)  # told by the process that met it
+            raise error or self.left()
         return made
 
     def share(self, count: int, make: Callable[[int], Tensor]) -> list[Tensor]:
@@ -129,7 +134,7 @@ class World:
             shares: list = [None] * self.size
             dist.all_gather_object(shares, (count, own, error is None))
             if error is None and not all(good for _, _, good in shares):
-                raise SystemExit(1)  # told by the process that met it
+                raise self.left()
         if error is not None:
             raise error
         if self.size == 1:
@@ -201,11 +206,14 @@ class Alarm:
             waited = 0.0 if done is None or done != seen else waited + tick
             seen = done
         came = f"no end of the step after {seen} in {self._seconds:g} s (--run.step-timeout)"
-        sys.stdout.flush()
-        print(
-            f"train.py: processes must answer each other, got {came}", file=sys.stderr, flush=True
-        )
-        os._exit(1)
+        _die(f"processes must answer each other, got {came}")
+
+
+def _die(words: str) -> None:
+    """End this process from a thread, whatever the others wait for."""
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) -> World:
@@ -235,6 +243,11 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
     where = _device(device, local_rank, size)
     if size > 1:
         cuda = where.type == "cuda"
+        # A stranger at the port may take a connection and never answer.
+        late = f"setup: {size} processes must meet, got no answer in {timeout:g} s"
+        timer = threading.Timer(timeout + 2, _die, [late])
+        timer.daemon = True
+        timer.start()
         try:
             dist.init_process_group(
                 backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
@@ -246,6 +259,8 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
             )
         except RuntimeError as error:
             raise RuntimeError(f"setup: {size} processes must meet, got {error}") from error
+        finally:
+            timer.cancel()
     return World(rank, local_rank, size, where)
 
 

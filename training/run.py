@@ -143,11 +143,12 @@ class Run:
         self.alarm = Alarm(self.world, self.config.run.step_timeout)
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
-        """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write."""
+        """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write.
+
+        Where it cannot be written, all processes end.
+        """
         run = self.config.run
         self.alarm.rest()
-        if self.world.is_main and not Path(run.output).is_dir():
-            raise RuntimeError(f"train: {run.output} must stay while it runs, got no such folder")
         checkpoint.check_finite(model, optimizer, run.output, stage, done, self.world)
         state = checkpoint.pack_state(
             model,
@@ -159,8 +160,14 @@ class Run:
             metrics=self.metrics,
             spikes=self.guard.state() if self.guard else {},
         )
-        if self.world.is_main:
+
+        def write() -> None:
+            if not Path(run.output).is_dir():
+                must = f"train: {run.output} must stay while it runs"
+                raise RuntimeError(f"{must}, got no such folder")
             checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
+
+        self.world.decide(write)
         self.saved = time.monotonic()
 
     def due(self, done: int, agreeing: bool) -> bool:

@@ -20,9 +20,10 @@ def watcher(kind: str, folder: Path, config: Mapping[str, Any]) -> Watch:
     """A function that shows the numbers of a row of the log at a step of the run.
 
     Args:
-        kind: one of WATCHERS. TensorBoard's files lie in `<folder>/tensorboard`; the other two have
-            a project named as the folder's parent and a run named as the folder, which goes on
-            where a run of that name was before.
+        kind: one of WATCHERS. TensorBoard's files lie in `<folder>/tensorboard`, wandb's in
+            `<folder>/wandb`, trackio's where it keeps all. The latter two have a project named as
+            the folder's parent and a run named as the folder, which goes on where a run of that
+            name was before.
         folder: the run's output.
         config: flags by name.
 
@@ -39,9 +40,12 @@ def watcher(kind: str, folder: Path, config: Mapping[str, Any]) -> Watch:
             f"watcher: {kind} must be installed to be written to (pip install {kind}), got {error}"
         ) from error
     if kind == "tensorboard":
-        writer = package.SummaryWriter(str(folder / "tensorboard"))
+        writer = None
 
         def show(step: int, row: Mapping[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:  # hides what a killed run wrote from here on
+                writer = package.SummaryWriter(str(folder / "tensorboard"), purge_step=step)
             for name, value in numbers(row).items():
                 writer.add_scalar(name, value, step)
             writer.flush()
@@ -49,7 +53,7 @@ def watcher(kind: str, folder: Path, config: Mapping[str, Any]) -> Watch:
         return show
     place = folder.resolve()
     how = {"project": place.parent.name or "clipa", "name": place.name, "config": dict(config)}
-    how |= {"id": place.name} if kind == "wandb" else {}
+    how |= {"id": place.name, "dir": str(folder)} if kind == "wandb" else {}
     package.init(**how, resume="allow")
     return lambda step, row: package.log(numbers(row), step=step)
 

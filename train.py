@@ -175,10 +175,14 @@ def run_stage(
     stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
-    steps = window_of(config.run.profile if world.is_main else "")
-    tracer = Tracer(steps, Path(config.run.output) / f"trace-{stage}.json")
+    traced = window_of(config.run.profile)
+    tracer = Tracer(
+        traced if world.is_main else range(0), Path(config.run.output) / f"trace-{stage}.json"
+    )
     model.train()
     while done < sizes.steps:
+        if done == traced.stop:
+            run.alarm.rest()  # as rank 0 writes the trace
         tracer(done)
         with meter.waiting():
             batch = next(stream)

@@ -154,6 +154,23 @@ def test_a_rank_that_stops_in_mid_run(tmp_path, name):
     assert time.monotonic() - stopped < short + 15
 
 
+def test_a_rank_that_stops_in_an_evaluation(tmp_path):
+    """Which has the time-out of a start; the exchange after it fails otherwise."""
+    at, how = port(), words(run__timeout=5, run__save_every=10**6)
+    ranks = [member(rank, 2, at, how, tmp_path / f"n{rank}") for rank in (0, 1)]
+    saved, deadline = tmp_path / "n0" / "out" / "1-short-00000004.pt", time.monotonic() + 90
+    while not saved.exists():
+        assert time.monotonic() < deadline and ranks[0].poll() is None
+        time.sleep(0.005)
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        (out,) = end(ranks[:1])
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert "train.py: processes must answer each other, got" in out
+
+
 def test_an_alarm_is_set_between_steps_alone(monkeypatch, capsys):
     """Not before the first, nor at a rest, nor as processes meet after one."""
     ended = threading.Event()

@@ -133,7 +133,7 @@ class RunPart:
     fit: str = ""  # memory of a process, "80GB": chooses recompute, and each stage's accumulate
     threads: int = 0  # CPU threads of torch; 0: as torch decides
     timeout: float = 600.0  # seconds that a process waits for the others before it ends
-    step_timeout: float = 120.0  # the same of a step, after the first of a stage or since a pause
+    step_timeout: float = 180.0  # the same within a step, but the first after a start or a pause
     save_every: int = 500  # steps between checkpoints
     save_minutes: float = 0.0  # minutes between checkpoints too; 0: steps alone
     keep_every: int = 0  # steps between checkpoints that stay for good; 0: none does

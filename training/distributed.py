@@ -173,9 +173,9 @@ class World:
 class Alarm:
     """Ends a process whose steps no longer end, while several train: another is lost or stopped.
 
-    Calls of a process group cannot be interrupted from Python, and NCCL's and an old gloo's
-    time-outs not be changed well, so a thread says a sentence and ends the process. It counts its
-    own wakings, not the clock: a job that was suspended as a whole goes on.
+    A call of a process group cannot be interrupted from Python, torch 2.8 changes no time-out of
+    gloo, and NCCL's ends without a sentence; so a thread says one and ends the process. It counts
+    its own wakings, not the clock: a job that was suspended as a whole goes on.
 
     Args:
         world: one process alone has no alarm.

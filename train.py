@@ -175,14 +175,10 @@ def run_stage(
     stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
-    traced = window_of(config.run.profile)
-    tracer = Tracer(
-        traced if world.is_main else range(0), Path(config.run.output) / f"trace-{stage}.json"
-    )
+    window, path = window_of(config.run.profile), Path(config.run.output) / f"trace-{stage}.json"
+    tracer = Tracer(window, path, writes=world.is_main, rest=run.alarm.rest)
     model.train()
     while done < sizes.steps:
-        if done == traced.stop:
-            run.alarm.rest()  # as rank 0 writes the trace
         tracer(done)
         with meter.waiting():
             batch = next(stream)

@@ -96,16 +96,22 @@ class Tracer:
     Args:
         steps: of the stage, as `window_of`. path: of the trace; chrome://tracing and Perfetto open
             it.
+        writes: whether this process is the one that does.
+        rest: called on every process before one writes, which takes its time.
     """
 
-    def __init__(self, steps: range, path: Path) -> None:
-        self.steps, self.path = steps, path
+    def __init__(
+        self, steps: range, path: Path, writes: bool = True, rest: Callable[[], None] = lambda: None
+    ) -> None:
+        self.steps, self.path, self.writes, self.rest = steps, path, writes, rest
         self._profiler: torch.profiler.profile | None = None
 
     def __call__(self, step: int) -> None:
+        if step == self.steps.stop:
+            self.rest()
         if step not in self.steps:
             self.close()
-        elif self._profiler is None:
+        elif self._profiler is None and self.writes:
             self._profiler = torch.profiler.profile(record_shapes=True)
             self._profiler.start()
 

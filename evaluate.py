@@ -4,7 +4,9 @@ python evaluate.py runs/emoji                             the embedded drawings,
 python evaluate.py runs/emoji --images photos             a folder of one folder a class
 python evaluate.py runs/emoji --shards "val/{0..3}.tar"   retrieval on image-text shards, and
                                                           classification, by val/classes.txt
+python evaluate.py runs/b16 --images imagenet/val --classes imagenet --prompts imagenet --workers 4
 
+A line tells how each set was evaluated, a table its figures; --json prints the figures alone.
 torchrun shares the work among processes: torchrun --nproc_per_node 8 evaluate.py runs/b16
 """
 
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+from data.classes import classes_in, prompts_in
 from data.emoji import load_emoji, prompts_of
 from data.patterns import file_names
 from data.text import Tokenizer
@@ -22,7 +25,7 @@ from training.build import build_model
 from training.checkpoint import latest, load, weights
 from training.config import check_range, from_json
 from training.distributed import autocast_dtype, setup
-from training.evaluation import Encoder, check_sets, evaluate, prompts_in, table
+from training.evaluation import Encoder, check_sets, evaluate, table
 from training.evaluation import evaluate_folder as evaluate_folder
 from training.evaluation import evaluate_shards as evaluate_shards
 from training.report import sentences
@@ -37,7 +40,12 @@ class Flags:
     shards: str = ""
     """tar shards to retrieve from; where a classes.txt lies beside them, one name a line, pictures
     that have one of the names for a caption are classified among them"""
-    prompts: str = ""  # templates to classify with, parted by ";", as "a photo of a {}.;{}"
+    classes: str = ""
+    """names of the sorted folders of images, and of each .cls in shards: "imagenet" (open_clip's
+    1,000), or a file of lines "name", or "folder<TAB>name"; empty: their classes.txt"""
+    prompts: str = ""
+    """templates to classify with: "a photo of a {}.;{}", "imagenet" (open_clip's 80), or a file"""
+    workers: int = 0  # processes that decode, beside each that encodes; 0: a thread
     device: str = "auto"  # auto: cuda where there is one, else cpu
     batch_size: int = 256  # images or captions at a time
     json: bool = False  # print JSON instead of a table
@@ -48,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv)
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size, "batch_size")
-        own_prompts = prompts_in(flags.prompts)
-        check_sets(flags.images)
+        check_range("data.workers", flags.workers, "workers")
+        own_prompts, classes = prompts_in(flags.prompts), classes_in(flags.classes)
+        check_sets(flags.images, classes=flags.classes)
         _ = file_names(flags.shards) if flags.shards else None
         world = setup(flags.device)
         path = Path(flags.checkpoint)
@@ -60,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         config = from_json(state["config"])
         config = replace(config, run=replace(config.run, impl="auto"))
         captions = config.caption_keys.for_retrieval()
-        check_sets(shards=flags.shards, captions=captions)
+        shards = dict(shards=flags.shards, captions=captions, classes=flags.classes)
+        world.together(lambda: check_sets(**shards))
         tokenizer = Tokenizer.from_json(state["tokenizer"])
         model = build_model(config, state["stage"], tokenizer.vocab_size)
         load_weights(model, weights(state))
@@ -71,7 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         pairs = None if asked else load_emoji()
         prompts = prompts_of(config.data.captions)
         sets = (flags.images, flags.shards, captions, own_prompts)
-        results, _ = evaluate(encoder, pairs, prompts, *sets)
+        how = dict(classes=classes, workers=flags.workers)
+        how["loss_batch"] = config.stages[state["stage"]].batch_size
+        if not flags.json:
+            how["say"] = world.print
+        results, _ = evaluate(encoder, pairs, prompts, *sets, **how)
         world.print(json.dumps(results, indent=2) if flags.json else table(results))
         world.close()
 

@@ -170,6 +170,8 @@ def run_stage(
     config, world, sizes = run.config, run.world, run.config.stages[stage]
     seconds, began = run.metrics["seconds"], time.perf_counter()
     before = seconds.get(stage, 0.0)
+    if done < sizes.steps:  # a finished stage that gets more of them
+        run.metrics["stages"].pop(stage, None)
     wrapped = wrap(model, world, config.run.compile, WIRES[config.run.wire])
     batches = open_batches(config, stage, run.pairs, run.tokenizer, world, done)
     stream = fed(batches, world.device)
@@ -217,7 +219,7 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     """Check and open all that the run needs before its first step; the state to resume from."""
     world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.together(lambda: check_sets(*sets))
+    world.together(lambda: check_sets(*sets, config.run.eval_classes))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world, config.data.cache_gb)
@@ -243,38 +245,37 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     run, saved = start(config, world, stop)
     config = run.config
     whole, stages = None, config.running
-    for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
-        if world.any(bool(stop)):
-            world.print(f"{stop.name or 'stopped'}: before stage {stage}")
-            return
-        torch.manual_seed(config.run.seed)
-        weights = None if whole is None else whole.state_dict()
+    with run.writer:  # whose last checkpoint is waited for, however this ends
+        for stage in stages[stages.index(saved["stage"]) if saved else 0 :]:
+            if world.any(bool(stop)):
+                return run.stopped(f"before stage {stage}")
+            torch.manual_seed(config.run.seed)
+            weights = None if whole is None else whole.state_dict()
 
-        def build(stage: str = stage) -> CLIP:
-            return build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
+            def build(stage: str = stage) -> CLIP:
+                return build_model(config, stage, run.tokenizer.vocab_size).to(world.device)
 
-        model = build()
-        model.set_recompute(run.recompute[stage])
-        if weights is not None:
-            load_weights(model, weights)  # position tables are resized between the stages
-        elif config.model.init and not saved:
-            world.together(lambda model=model: load_initial(model, config.model.init))
-        shard(model, world, config.run.shard, WIRES[config.run.wire])
-        optimizer, done, spikes = adamw(model, config), 0, None
-        if saved and saved["stage"] == stage:
-            done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
-        run.guard = SpikeGuard(optimizer, config.optim.skip_above, spikes)
-        began, done = done, run_stage(run, stage, model, optimizer, done)
-        if done < config.stages[stage].steps:
-            world.print(f"{stop.name or 'stopped'}: saved at step {done} of stage {stage}")
-            return
-        whole = unsharded(model, build)
-        if done > began or stage not in run.metrics["stages"]:
-            run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
-            run.metrics["stages"][stage] = evaluation(run, stage, whole)
-            run.save(stage, model, optimizer, done)
-            world.barrier()
-    finish(run, stages[-1], whole)
+            model = build()
+            model.set_recompute(run.recompute[stage])
+            if weights is not None:
+                load_weights(model, weights)  # position tables are resized between the stages
+            elif config.model.init and not saved:
+                world.together(lambda model=model: load_initial(model, config.model.init))
+            shard(model, world, config.run.shard, WIRES[config.run.wire])
+            optimizer, done, spikes = adamw(model, config), 0, None
+            if saved and saved["stage"] == stage:
+                done, spikes = checkpoint.restore(saved, model, optimizer), saved["spikes"]
+            run.guard = SpikeGuard(optimizer, config.optim.skip_above, spikes)
+            began, done = done, run_stage(run, stage, model, optimizer, done)
+            if done < config.stages[stage].steps:
+                return run.stopped(f"saved at step {done} of stage {stage}")
+            whole = unsharded(model, build)
+            if done > began:
+                run.save(stage, model, optimizer, done)  # whatever becomes of the evaluation
+            if stage not in run.metrics["stages"]:
+                run.metrics["stages"][stage] = evaluation(run, stage, whole)
+        run.written()
+        finish(run, stages[-1], whole)
 
 
 def main(argv: list[str] | None = None) -> None:

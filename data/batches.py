@@ -5,14 +5,16 @@ a row (crop, colour, caption, masks) is keyed by its place in the global batch: 
 one would. A run that starts at step k sees what a run from step 0 sees from there on.
 """
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from clipa_kernels import philox_bits
 from clipa_kernels.masking.philox import ORDER_STREAM, TURN_STREAM
@@ -72,6 +74,21 @@ class Batch(NamedTuple):
     faults: dict[str, Fault] = {}  # noqa: RUF012 (never changed in place)
     sources: dict[str, int] = {}  # noqa: RUF012
     coloured: bool = True
+
+
+class Pictures(NamedTuple):
+    """What can be read of a batch of a set of pictures that is evaluated.
+
+    images: uint8 [n, S, S, 3], each picture once.
+    names: of each what tells it from all other pictures of the set.
+    told: of each what the files beside it say, one item a file or sample.
+    faults: what could not be read, by kind.
+    """
+
+    images: Tensor
+    names: list[Any]
+    told: list[list[Any]]
+    faults: dict[str, Fault]
 
 
 class Tally:
@@ -179,3 +196,46 @@ def ahead(make: Callable[[int], Batch], steps: range, prefetch: int) -> Iterator
         finally:
             for future in pending:
                 future.cancel()
+
+
+def loaded(batches: Dataset, steps: range, workers: int = 0, prefetch: int = 2) -> Iterator[Any]:
+    """batches[step] for each step, in order, made ahead.
+
+    Args:
+        workers: processes that make them, each `prefetch` ahead; 0: a thread of this one does.
+    """
+    if workers == 0:
+        yield from ahead(batches.__getitem__, steps, prefetch)
+        return
+    made = DataLoader(
+        _ErrorsAsValues(batches),
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=max(1, prefetch),
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # the run's own numbers stay as they are
+    )
+    for batch in made:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+def _one_thread(worker: int) -> None:
+    """Workers share the machine; a pool of threads in each would only fight."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class _ErrorsAsValues(Dataset):
+    """Batches for DataLoader's workers, which would make a traceback of a sentence."""
+
+    def __init__(self, batches: Dataset) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.batches[step]
+        except ValueError as error:
+            return ValueError(str(error))

@@ -8,38 +8,76 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch.utils.data import Dataset
 
+from .batches import Fault, Pictures, add_faults
+from .classes import Names
 from .files import decoded
 from .images import decode_square
 
 
-def read_folder(
-    root: str | Path, size: int, *, squash: bool = False, interpolation: str = "bilinear"
-) -> Iterator[tuple[Path, Tensor | None]]:
-    """(class folder, uint8 [size, size, 3] or None where it cannot be read) of each file, in order.
+class FolderPictures(Dataset):
+    """The pictures of class folders in batches; batch i is any process's or worker's to read.
 
-    squash and interpolation as `decode_square`.
+    A batch is `batch_size` files in a row; `told` is the number of each one's folder. Hidden files,
+    folders within a class folder, and __MACOSX are skipped.
 
-    Hidden files, folders within a class folder, and __MACOSX are skipped.
+    Args:
+        root: the folder of class folders.
+        size: side of the pictures in pixels.
+        squash, interpolation: as `decode_square`.
 
     Raises:
         ValueError: root is not a folder, or holds none.
     """
-    how = dict(squash=squash, interpolation=interpolation)
-    folders = _folders(Path(root))
-    if not folders:
-        raise ValueError(f"evaluate: images must be a folder of class folders, got {str(root)!r}")
-    for folder in folders:
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and _shown(file):
-                try:
-                    yield folder, decode_square(file.read_bytes(), size, **how)
-                except (ValueError, OSError):
-                    yield folder, None
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int,
+        batch_size: int,
+        *,
+        squash: bool = False,
+        interpolation: str = "bilinear",
+    ) -> None:
+        self.size, self.batch_size = size, batch_size
+        self.how = dict(squash=squash, interpolation=interpolation)
+        self.folders = _folders(Path(root))
+        if not self.folders:
+            must = "must be a folder of class folders"
+            raise ValueError(f"evaluate: images {must}, got {str(root)!r}")
+        self.files = [
+            (number, file.name)
+            for number, folder in enumerate(self.folders)
+            for file in sorted(folder.iterdir())
+            if file.is_file() and _shown(file)
+        ]
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Pictures:
+        first, faults = number * self.batch_size, {}
+        images, names, told = [torch.zeros(0, self.size, self.size, 3, dtype=torch.uint8)], [], []
+        for place, (folder, name) in enumerate(self.files[first : first + self.batch_size], first):
+            path = self.folders[folder] / name
+            try:
+                images.append(decode_square(path.read_bytes(), self.size, **self.how)[None])
+            except (ValueError, OSError) as error:
+                faults = add_faults(faults, {"image": Fault(1, f"{path}: {error}")})
+                continue
+            names.append(place)
+            told.append([folder])
+        return Pictures(torch.cat(images), names, told, faults)
+
+    def called(self, names: Names) -> list[str]:
+        """The names of all folders, as `Names.of`."""
+        own = [_text(os.fsencode(path.name), str(path)) for path in self.folders]
+        return names.of(own, self.folders[0].parent)
 
 
 def _shown(path: Path) -> bool:

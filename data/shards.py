@@ -15,10 +15,9 @@ the same one on every run.
 
 import contextlib
 import hashlib
-import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -26,13 +25,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clipa_kernels import philox_uniform
 from clipa_kernels.masking.philox import CAPTION_STREAM
 
 from .augment import Augmentation, recolour, sample_draws, shape_draws
-from .batches import Batch, Fault, add_faults, ahead, describe_faults, local_slice
+from .batches import Batch, Fault, Pictures, add_faults, describe_faults, loaded, local_slice
 from .cache import Scan, kept_scan
 from .images import MAX_PIXELS, _check_interpolation, decode_crop, decode_square
 from .index import known_sizes
@@ -174,21 +173,8 @@ class ShardLoader(Dataset):
 
     def __iter__(self) -> Iterator[Batch]:
         steps = range(self.start_step, self.steps)
-        if self.workers:
-            batches = DataLoader(
-                _ErrorsAsValues(self),
-                sampler=steps,
-                batch_size=None,
-                num_workers=self.workers,
-                prefetch_factor=max(1, self.prefetch),
-                worker_init_fn=_one_thread,
-            )
-        else:
-            batches = ahead(self.__getitem__, steps, self.prefetch)
         skipped = 0
-        for batch in batches:
-            if isinstance(batch, ValueError):
-                raise batch
+        for batch in loaded(self, steps, self.workers, self.prefetch):
             skipped += batch.skipped
             yield batch._replace(skipped=skipped)
 
@@ -267,7 +253,7 @@ class ShardLoader(Dataset):
         for shard in np.flatnonzero(sizes < 0).tolist():
             sizes[shard] = len(self._first_scan(shard, said))
             self.shelf.keep()
-        _warn(said)
+        warn(said)
         return sizes
 
     def _first_scan(self, shard: int, said: list[str]) -> np.ndarray:
@@ -295,7 +281,7 @@ class ShardLoader(Dataset):
                 must = f"must hold the {size} samples that its index says, got {held}"
                 said = [*said, f"shards: {self.names[shard]} {must}; see python -m data.index"]
             if shard not in self._told:
-                _warn(said)
+                warn(said)
                 self._told.add(shard)
         return self._scans[shard]
 
@@ -376,19 +362,13 @@ def _check(
         )
 
 
-def _warn(said: list[str]) -> None:
+def warn(said: list[str]) -> None:
     """What shards lack, as warnings of the line that makes a loader."""
     for sentence in said[:_SAID]:
         warnings.warn(sentence, stacklevel=3)
     if len(said) > _SAID:
         more = f"and {len(said) - _SAID} more such sentences, the last: {said[-1]}"
         warnings.warn(f"shards: {more}", stacklevel=3)
-
-
-def _one_thread(worker: int) -> None:
-    """Workers share the machine; a pool of threads in each would only fight."""
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def first_captions(
@@ -439,7 +419,7 @@ def read_pairs(
     interpolation: str = "bilinear",
     captions: Captions = USUAL,
 ) -> tuple[Tensor, list[list[str]], int]:
-    """The first samples of shards for retrieval, images as `decode_square` makes them.
+    """The first `count` samples of shards for retrieval, images as `decode_square` makes them.
 
     A picture has all the captions that its .txt has lines, that its JSON lists, or that samples
     with the same image file have.
@@ -448,8 +428,32 @@ def read_pairs(
         uint8 [n, size, size, 3], each picture once; the captions of each; and how many samples
         could not be read: a warning says why, by kind.
     """
+    rows = _first_rows(pattern, count, captions.kinds)
+    how = dict(squash=squash, interpolation=interpolation)
+    images, _, found, faults = read_rows(rows, size, **how, captions=captions)
+    warn_of(faults, stacklevel=3)
+    return images, found, sum(fault.count for fault in faults.values())
+
+
+def warn_of(faults: dict[str, Fault], stacklevel: int = 2) -> None:
+    """A warning that says why samples are left out, if any are."""
+    if faults:
+        said = f"shards: samples are left out: {describe_faults(faults)}"
+        warnings.warn(said, stacklevel=stacklevel)
+
+
+def read_rows(
+    rows: Iterable[tuple[BinaryIO, Path, Sequence[int]]],
+    size: int,
+    *,
+    squash: bool = False,
+    interpolation: str = "bilinear",
+    captions: Captions = USUAL,
+    read: Callable[..., list] = captions_of,
+) -> Pictures:
+    """The pictures of some samples, as `read_pairs`; `told` is what `read` makes of captions."""
     images: list[Tensor] = []
-    found: list[list[str]] = []
+    found: list[list] = []
     places: dict[bytes, int] = {}
     faults: dict[str, Fault] = {}
 
@@ -461,17 +465,14 @@ def read_pairs(
             places[name] = len(places)
         return places[name]
 
-    for file, path, row in _first_rows(pattern, count, captions.kinds):
+    for file, path, row in rows:
         try:
-            place, texts = read_pair(file, path, row, place_of, captions_of, captions)
-            found[place] += texts
+            place, told = read_pair(file, path, row, place_of, read, captions)
+            found[place] += told
         except Unreadable as error:
             faults = add_faults(faults, {error.kind: Fault(1, str(error))})
-    if faults:
-        warnings.warn(f"shards: samples are left out: {describe_faults(faults)}", stacklevel=2)
     empty = torch.zeros(0, size, size, 3, dtype=torch.uint8)
-    skipped = sum(fault.count for fault in faults.values())
-    return torch.stack(images) if images else empty, found, skipped
+    return Pictures(torch.stack(images) if images else empty, list(places), found, faults)
 
 
 def _first_rows(
@@ -482,7 +483,7 @@ def _first_rows(
     for name in file_names(pattern):
         path = shelf.path(name)
         (found, said), _ = _scan(path, None, kinds)
-        _warn(said)
+        warn(said)
         rows = found[:count].tolist()
         count -= len(rows)
         with open(path, "rb") as file:
@@ -490,16 +491,3 @@ def _first_rows(
         shelf.keep()
         if count == 0:
             return
-
-
-class _ErrorsAsValues(Dataset):
-    """Batches for DataLoader's workers, which would make a traceback of a sentence."""
-
-    def __init__(self, batches: Dataset) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Batch | ValueError:
-        try:
-            return self.batches[step]
-        except ValueError as error:
-            return ValueError(str(error))

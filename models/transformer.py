@@ -86,6 +86,17 @@ class Block(nn.Module):
         rows: the rows wanted of the result; attention reads all, the rest is done for these.
         """
         x, residual = norm(self.ln_1, x, residual, self.impl)
+        return self.branches(x, residual, cu_seqlens, max_seqlen, rows)
+
+    def branches(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What follows ln_1: the same for the first block, so that one graph serves all."""
         x = self.attn(x, cu_seqlens, max_seqlen, rows)
         if rows is not None:
             residual = residual.index_select(0, rows)

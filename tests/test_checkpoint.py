@@ -249,6 +249,7 @@ CHANGES_NOTHING = {
     "run__keep_every": 4, "run__watch": "wandb", "run__recompute": "mlp", "run__fit": "8GB",
     "run__shard": "full", "run__wire": "bf16", "run__profile": "1:2",
     "run__keep_checkpoints": 3, "run__eval_every": 3, "run__log_every": 9,
+    "run__eval_classes": "names.txt", "run__eval_prompts": "a {}",
 }  # fmt: skip
 CHANGES_TRAINING = {
     "stages__short__lr": 0.2, "stages__short__steps": 11, "stages__short__batch_size": 64,

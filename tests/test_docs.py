@@ -62,6 +62,9 @@ SHORT = {
     "python train.py": None,  # by the fixture `trained`
     "python train.py --help": "train.py --help",
     "python evaluate.py runs/emoji": "evaluate.py {folder}/trained",
+    "python evaluate.py runs/b16 --images imagenet/val --classes imagenet --prompts imagenet "
+    "--workers 4": "evaluate.py {folder}/trained --images {folder}/val --classes "
+    "{folder}/names.txt --prompts {folder}/templates.txt --workers 2",
     'torchrun --nproc_per_node 8 train.py --preset clipa-v1-b16 --data "shards/{0000..0999}.tar" '
     "--output runs/b16": "-m torch.distributed.run --standalone --nproc_per_node 2 train.py "
     '--preset clipa-v1-b16 --data "{folder}/{{0000..0001}}.tar" {flags}',
@@ -99,6 +102,8 @@ SHORT = {
 SHOWS = {
     "python train.py --help": "--preset",
     "python evaluate.py runs/emoji": "held-out drawings",
+    "python evaluate.py runs/b16 --images imagenet/val --classes imagenet --prompts imagenet "
+    "--workers 4": "2 templates x 2 classes; n 2, skipped 0; decoded by 1 process x 2 workers",
     "python -m data.write photos shards": "40 samples, and sizes.json, in ",
     'python -m data.index "shards/{00000..41407}.tar"': "40 samples",
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",
@@ -143,6 +148,11 @@ def trained(tmp_path_factory):
     assert "report.png" in run("train.py", *flags(folder / "trained"))
     (folder / "photos").mkdir()
     (folder / "classes.txt").write_text("colour 3\ncolour 30\n")
+    (folder / "names.txt").write_text("red\nblue\n")
+    (folder / "templates.txt").write_text("a photo of a {}.\nthe {}\n")
+    for wnid, colour in (("n01440764", "red"), ("n01443537", "blue")):
+        (folder / "val" / wnid).mkdir(parents=True)
+        Image.new("RGB", (40, 40), colour).save(folder / "val" / wnid / "1.jpeg")
     pack(folder / "icons.tgz", sets())
     for shard in range(2):
         with tarfile.open(folder / f"{shard:04}.tar", "w") as tar:

@@ -430,9 +430,9 @@ def test_configs_are_plain_data():
         assert type(config)(**dataclasses.asdict(config)) == config
 
 
-@pytest.mark.parametrize(("pool", "most"), [("cls", 6), ("mean", 5)])
+@pytest.mark.parametrize(("pool", "most"), [("cls", 4), ("mean", 3)])
 def test_blocks_compile_once_for_any_number_of_tokens(pool, most, monkeypatch):
-    """The first block, the last one, and one graph for all between, a tower; the results stay."""
+    """The last block, where few of its rows are wanted, and one graph for all others, a tower."""
     graphs = []
 
     def counter(graph, _):

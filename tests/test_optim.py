@@ -1,5 +1,6 @@
 """Decay scope, schedule, clipping and the clamp, against open_clip's rules where it has them."""
 
+import copy
 import json
 import math
 
@@ -11,6 +12,7 @@ from torch import nn
 from models import DIALECTS
 from training.config import Config, Stage
 from training.optim import (
+    ShortMomentAdamW,
     SpikeGuard,
     adamw,
     clamp_scale_,
@@ -52,7 +54,7 @@ KERNELS = {
 TABLES = {"positional_embedding", "visual.positional_embedding", "token_embedding.weight"}
 
 
-def config_of(dialect: str = "open_clip", **optim: float) -> Config:
+def config_of(dialect: str = "open_clip", **optim: float | str) -> Config:
     optim = {f"optim__{name}": value for name, value in optim.items()}
     return changed(Config(), model__dialect=dialect, **optim)
 
@@ -222,9 +224,10 @@ def test_unwrap_compiled_model():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_beyond_the_median_changes_nothing(fused):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, ShortMomentAdamW])
+def test_a_step_beyond_the_median_changes_nothing(kind, fused):
     weight = nn.Parameter(torch.ones(4))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    optimizer = kind([weight], lr=0.1, fused=fused)
     guard = SpikeGuard(optimizer, 3.0)
     harmful = {5: 100.0, 40: 100.0, 50: math.nan, 60: math.inf, 70: 2.9}
     for step in range(80):
@@ -240,6 +243,72 @@ def test_a_step_beyond_the_median_changes_nothing(fused):
     weight.grad = torch.full((4,), 50.0)
     again.step(weight.grad.norm())
     assert bool(again.spike) and again.state()["skipped"] == 4
+
+
+def in_bf16(weight, gradients, lr, decay, beta1=0.9, beta2=0.95, eps=1e-6):
+    """Loshchilov & Hutter's step in fp64; the first moment is rounded to bf16 between steps."""
+    weight, second = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    rested = torch.zeros_like(weight, dtype=torch.bfloat16)
+    for step, gradient in enumerate(gradients, 1):
+        gradient = gradient.double()
+        first = beta1 * rested.double() + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        root = (second / (1 - beta2**step)).sqrt() + eps
+        weight = weight * (1 - lr * decay) - lr * first / (1 - beta1**step) / root
+        rested = first.bfloat16()
+    return weight, rested
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("at_once", [1, 50, 2**25])
+def test_a_short_moment_is_rounded_between_steps_alone(fused, at_once, monkeypatch):
+    monkeypatch.setattr(ShortMomentAdamW, "AT_ONCE", at_once)
+    draw = torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((5, 7), (40,), ())]
+    firsts = [weight.detach().clone() for weight in weights]
+    idle = nn.Parameter(torch.ones(3))
+    how = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=fused)
+    optimizer = ShortMomentAdamW([*weights, idle], **how)
+    gradients = [[torch.randn(w.shape, generator=draw) for w in weights] for _ in range(20)]
+    for each in gradients:
+        for weight, gradient in zip(weights, each, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+    for place, (weight, first) in enumerate(zip(weights, firsts, strict=True)):
+        want, rested = in_bf16(first, [each[place] for each in gradients], 0.01, 0.1)
+        torch.testing.assert_close(weight.double(), want, rtol=1e-4, atol=1e-5)
+        state = optimizer.state[weight]
+        assert state["exp_avg"].dtype == torch.bfloat16 and state["step"] == 20
+        torch.testing.assert_close(state["exp_avg"], rested, rtol=1e-2, atol=1e-4)
+    assert idle not in optimizer.state and idle.tolist() == [1, 1, 1]
+
+
+def test_a_short_moment_is_saved_and_read():
+    """The states of AdamW are read too, and rounded."""
+    model, config = build(), config_of(moment="bf16")
+    gradients = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+
+    def step(model, optimizer):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].clone()
+        optimizer.step()
+
+    optimizer = adamw(model, config)
+    assert isinstance(optimizer, ShortMomentAdamW) and optimizer.defaults["fused"]
+    step(model, optimizer)
+    again = build()
+    again.load_state_dict(model.state_dict())
+    other = adamw(again, config)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (model, optimizer), (again, other):
+        step(*each)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    theirs = build()
+    plain = adamw(theirs, config_of())
+    step(theirs, plain)
+    other.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert {state["exp_avg"].dtype for state in other.state.values()} == {torch.bfloat16}
+    assert {state["exp_avg_sq"].dtype for state in other.state.values()} == {torch.float32}
 
 
 def test_a_guard_goes_on_from_its_state():

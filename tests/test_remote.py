@@ -20,6 +20,7 @@ import pytest
 import test_shards
 import torch
 from test_batches import joined, same
+from test_evaluate_sets import Numbers
 from test_shards import shard_loader
 from test_train import flags
 
@@ -471,6 +472,11 @@ def test_all_that_takes_shards_takes_urls(web, copies, tmp_path):
     for a, b in zip(read_pairs(far, 16), read_pairs(near, 16), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     evaluation.check_sets(shards=far)
+    figures = [
+        evaluation.evaluate_shards(Numbers(), place, workers=workers)
+        for place, workers in ((near, 0), (far, 0), (far, 2))
+    ]
+    assert figures[0] == figures[1] == figures[2]
     assert evaluation.listed_classes(far) == []
     (copies / "classes.txt").write_text("number 1\nnumber 2\n")
     assert evaluation.listed_classes(far) == ["number 1", "number 2"]

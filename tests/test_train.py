@@ -377,7 +377,7 @@ def test_a_finished_stage_may_get_more_steps(shard, tmp_path):
     assert len(losses(tmp_path)) == 6 and "short" in json.loads(results.read_text())["stages"]
     newest = checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])
     assert newest["step"] == 6
-    assert newest["metrics"]["stages"] == json.loads(results.read_text())["stages"]
+    assert newest["metrics"]["stages"] == {}  # of stages before it alone: none is stale
 
 
 def test_a_stage_that_a_checkpoints_config_lacks(shard, tmp_path):

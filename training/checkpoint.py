@@ -19,6 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from models import plain_keys
 from .config import Config, flat, from_json, to_json
 from .distributed import World
 from .optim import unwrap
-from .shard import local, put_weights, whole
+from .shard import local, on_host, put_weights, whole
 
 _NAME = re.compile(r"(\d+)-\w+-(\d+)\.pt")
 _KEYS = {
@@ -65,7 +66,7 @@ def pack_state(
 
     Args:
         model: itself or wrapped by DDP or torch.compile.
-        optimizer: its state is kept by reference; save before the next step.
+        optimizer: its state is kept by reference; save before the next step, or take a `snapshot`.
         config: of the run.
         stage: name of the stage that runs.
         step: steps of this stage that are done.
@@ -86,6 +87,15 @@ def pack_state(
         "spikes": spikes or {},
         "rng": rng_state(),
     }
+
+
+def snapshot(value: Any) -> Any:
+    """A state of `pack_state` as it is now, whatever becomes of the model; tensors by `on_host`."""
+    if isinstance(value, Tensor):
+        return on_host(value)
+    if isinstance(value, dict):
+        return {name: snapshot(each) for name, each in value.items()}
+    return [snapshot(each) for each in value] if isinstance(value, list) else value
 
 
 def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data.augment import Augmentation
+from data.classes import classes_in, prompts_in
 from data.emoji import CAPTIONS
 from data.files import read_text
 from data.images import MAX_PIXELS
@@ -101,6 +102,7 @@ class OptimPart:
     loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's or SigLIP's
     weight_decay: float = 0.1  # decoupled; on the tensors that the dialect decays
     beta1: float = 0.9  # Adam's momentum
+    moment: Literal["fp32", "bf16"] = "fp32"  # in which Adam's momentum rests between steps
     beta2: float = 0.95  # Adam's second moment; 0.98 for small batches
     adam_eps: float | None = None  # None: the dialect's
     clip_norm: float = 0.0  # largest gradient norm; 0: not clipped
@@ -144,7 +146,11 @@ class RunPart:
     profile: str = ""  # steps of each stage to trace, "20:25": trace-<stage>.json in output
     eval_every: int = 0  # steps between evaluations; 0: after each stage alone
     eval_images: str = ""  # evaluated after each stage: folder of one folder of pictures a class
-    eval_shards: str = ""  # evaluated after each stage: tar shards to retrieve from
+    eval_shards: str = ""  # evaluated after each stage: tar shards to retrieve from, and their loss
+    eval_classes: str = ""
+    """names of eval_images' folders, sorted, and of each .cls in eval_shards: "imagenet"
+    (open_clip's), or a file of lines "name", or "folder<TAB>name"; empty: their classes.txt"""
+    eval_prompts: str = ""  # to classify with: "imagenet" (open_clip's), "a {}.;{}" or such a file
 
 
 @dataclass(frozen=True)
@@ -462,6 +468,7 @@ def _check_files(config: Config) -> None:
     if init := config.model.init:
         _require(Path(init).exists(), "model.init", "be a file or folder of weights", repr(init))
     _require(bool(run.output.strip()), "run.output", "be the name of a folder", repr(run.output))
+    _ = prompts_in(run.eval_prompts), classes_in(run.eval_classes)
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run.output).close()

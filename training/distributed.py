@@ -110,17 +110,17 @@ class World:
         made, error = None, None
         try:
             made = make()
-        except (ValueError, OSError, RuntimeError) as caught:
-            error = caught
+        except (ValueError, OSError, RuntimeError, SystemExit) as caught:
+            error = caught  # SystemExit: another process's error, already told
         if self.any(error is not None):
             raise error or self.left()
         return made
 
-    def share(self, count: int, make: Callable[[int], Tensor]) -> list[Tensor]:
+    def share(self, count: int, make: Callable[[int], T]) -> list[T]:
         """make(0), ... make(count - 1), in order, on every process; each makes every size-th.
 
         Args:
-            make: gives a tensor on the CPU; what it raises on one process ends all.
+            make: gives what pickles; what it raises on one process ends all.
 
         Raises:
             ValueError: processes came with different counts.
@@ -295,8 +295,8 @@ def world_size() -> int:
 
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which gradients travel
 
-# Graphs of a block that torch keeps: of two towers, each the first, the others and the last one,
-# in training and in evaluation.
+# Graphs of a block that torch keeps: of two towers, each the last block and the others, in training
+# and in evaluation.
 _GRAPHS = 32
 
 
@@ -306,15 +306,16 @@ def wrap(
     """The model as the loop calls it: its blocks compiled if asked, under DDP where there are
     processes and it does not lie in parts. DDP's gradients travel in the dtype `wire`.
 
-    Blocks of one kind share a graph, for any number of tokens; what lies between them, DDP's
-    exchange of gradients among it, stays as it is.
+    A tower's blocks share a graph, for any number of tokens; the last has its own where pooling
+    reads few rows of it. What lies between them, DDP's exchange of gradients among it, stays as it
+    is.
     """
     if compiled:
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
         for tower in (model.visual.transformer, model.transformer):
             for block in tower.resblocks:
-                block.forward = torch.compile(block.forward, dynamic=True)
+                block.branches = torch.compile(block.branches, dynamic=True)
     if world.size == 1 or isinstance(model, FSDPModule):
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval: features of a model, and figures of a set.
+"""Zero-shot classification and retrieval: from sets of pictures and texts to their figures.
 
 Classification compares an image's feature with each class's: the mean of the normalised features of
 its prompts, normalised again. Retrieval ranks captions for an image and images for a caption.
@@ -6,136 +6,41 @@ Pictures from files are resized as the model's dialect says.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipa_kernels import Packed
-from data.augment import resize
+from data.batches import Fault, add_faults, loaded
+from data.classes import Names, classes_in
 from data.emoji import PROMPTS, EmojiPairs
 from data.files import decoded, read_text
-from data.folders import class_names, read_folder
+from data.folders import FolderPictures, class_names
 from data.pairs import USUAL, Captions
 from data.patterns import file_names
+from data.pictures import ShardPictures, check_labels, check_samples
 from data.remote import is_remote, read_small
-from data.shards import read_pairs
-from data.text import Tokenizer
-from models import CLIP, DIALECTS
+from data.shards import warn, warn_of
 
 from .distributed import World
+from .encoder import Encoder as Encoder
+from .figures import (
+    ALONE,
+    classification,
+    embedded_line,
+    pair_losses,
+    resizing,
+    retrieval,
+    set_line,
+)
+from .figures import table as table
 
 # For pictures of one's own: a few of OpenAI's templates for ImageNet.
 PHOTO_PROMPTS = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "{}")
-
-_TOGETHER = 8  # batches of a folder's pictures that are held for processes to share
-
-
-@dataclass
-class Encoder:
-    """A model with what its inputs need: features of pictures and of texts, normalised, fp32."""
-
-    model: CLIP
-    tokenizer: Tokenizer
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    batch_size: int = 256
-    world: World | None = None  # whose processes share the work, and must all call it
-
-    def _run(self, function, *inputs) -> Tensor:
-        fast = self.dtype != torch.float32
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=fast):
-            return F.normalize(function(*inputs).float(), dim=-1).cpu()
-
-    def _features(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
-        """Of batches 0 to count - 1, which the processes share; on all of them, in order.
-
-        What a batch is does not depend on the number of processes, so nor do the features.
-        """
-        share = World(0, 0, 1, self.device).share if self.world is None else self.world.share
-        parts = share(count, make)
-        return torch.cat(parts) if parts else torch.empty(0, self.model.embed_dim)
-
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [n, H, W, 3] of any size, squashed to the model's -> [n, E]."""
-        size, parts = self.model.visual.config.image_size, images.split(self.batch_size)
-
-        def make(number: int) -> Tensor:
-            pixels = resize(parts[number], size).permute(0, 3, 1, 2)
-            return self._run(self.model.encode_image, pixels.to(self.device))
-
-        return self._features(len(parts) if len(images) else 0, make)
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Captions -> [n, E]."""
-        config, step = self.model.config, self.batch_size
-
-        def make(number: int) -> Tensor:
-            part = texts[number * step : (number + 1) * step]
-            pad = config.pool == "last"
-            ids, ends, longest = self.tokenizer.encode(part, config.context, pad=pad)
-            packed = Packed(ids.to(self.device), ends.to(self.device), longest)
-            return self._run(self.model.encode_text, packed)
-
-        return self._features(-(-len(texts) // step), make)
-
-    def classes(self, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        """Class features [C, E]: mean over the prompts of each name, normalised again."""
-        features = self.texts([prompt.format(name) for name in names for prompt in prompts])
-        return F.normalize(features.view(len(names), len(prompts), -1).mean(1), dim=-1)
-
-
-def classification(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of images [n, E] whose class [n] is the nearest, or among the nearest five, of [C, E].
-
-    >>> eye = torch.eye(6)
-    >>> classification(eye[:2], eye, torch.tensor([0, 2]))["top1"]
-    0.5
-    """
-    ranked = (images @ classes.T).topk(min(5, len(classes)), 1).indices
-    hits = ranked == labels.unsqueeze(1)
-    return {
-        "top1": hits[:, 0].double().mean().item(),
-        "top5": hits.any(1).double().mean().item(),
-        "n": len(labels),
-        "chance": 1 / len(classes),
-    }
-
-
-def retrieval(images: Tensor, texts: Tensor, pairs: Tensor) -> dict[str, float]:
-    """Recall at 1 and 5, both ways, of images [n, E] and texts [C, E].
-
-    pairs [P, 2] says which image has which text; [n] gives each image its one text. An image is
-    right if any of its texts is among the nearest, a text if any of its images is; what has no
-    partner is left out.
-    """
-    if pairs.ndim == 1:
-        pairs = torch.stack([torch.arange(len(pairs)), pairs], 1)
-    image_r1, image_r5 = _recall(images, texts, pairs)
-    text_r1, text_r5 = _recall(texts, images, pairs.flip(1))
-    return {
-        "image_to_text_r1": image_r1,
-        "image_to_text_r5": image_r5,
-        "text_to_image_r1": text_r1,
-        "text_to_image_r5": text_r5,
-    }
-
-
-def _recall(queries: Tensor, targets: Tensor, pairs: Tensor) -> tuple[float, float]:
-    """Share of paired queries with a partner that is the nearest target, or of the nearest five."""
-    partners = pairs[:, 0] * len(targets) + pairs[:, 1]
-    hits = []
-    for asked in pairs[:, 0].unique().split(1024):  # never all scores at once
-        nearest = (queries[asked] @ targets.T).topk(min(5, len(targets)), 1).indices
-        hits.append(torch.isin(asked.unsqueeze(1) * len(targets) + nearest, partners))
-    found = torch.cat(hits)
-    return found[:, 0].double().mean().item(), found.any(1).double().mean().item()
 
 
 def evaluate_emoji(
@@ -164,80 +69,166 @@ def evaluate_emoji(
     return results, shown | {"images": torch.stack(shown["images"])}
 
 
-def _resizing(model: CLIP) -> dict[str, int | bool | str]:
-    """How pictures from files become the model's size; arguments of decode_square."""
-    dialect = getattr(model, "dialect", DIALECTS["open_clip"])  # another's model: as open_clip
-    squash, interpolation = dialect.squash, dialect.interpolation
-    size = model.visual.config.image_size
-    return dict(size=size, squash=squash, interpolation=interpolation)
+def check_sets(
+    images: str = "", shards: str = "", captions: Captions = USUAL, classes: str = ""
+) -> None:
+    """ValueError unless each set that is given holds something to evaluate; stops at the first.
 
-
-def prompts_in(text: str) -> tuple[str, ...]:
-    """Templates of the flag's form, parted by ";"; none of an empty one.
-
-    >>> prompts_in("a photo of a {}.;{}")
-    ('a photo of a {}.', '{}')
+    Args:
+        classes: as `classes_in`; class folders and each .cls must fit them.
     """
-    prompts = tuple(text.split(";")) if text else ()
-    if wrong := [one for one in prompts if not re.fullmatch(r"[^{}]*\{\}[^{}]*", one)]:
-        raise ValueError(f"evaluate: prompts must each hold one {{}}, got {wrong[0][:80]!r}")
-    return prompts
+    names = classes_in(classes)
+    if images:
+        pictures = FolderPictures(images, 8, 1)
+        if names:
+            pictures.called(names)
+        if not any(len(pictures[number].images) for number in range(len(pictures))):
+            raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
+    if shards:
+        check_samples(shards, captions, len(names.names) if names else 0)
 
 
-def check_sets(images: str = "", shards: str = "", captions: Captions = USUAL) -> None:
-    """ValueError unless each set that is given holds something to evaluate; stops at the first."""
-    if images and not any(pixels is not None for _, pixels in read_folder(images, 8)):
-        raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
-    if shards and not any(
-        read_pairs(shards, 8, count, captions=captions)[1] for count in (1, 10_000)
-    ):
-        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {shards!r}")
+@dataclass
+class _Seen:
+    """What a set's pictures are, on every process: features [n, E], and what is told of each."""
+
+    features: Tensor
+    told: list[list]
+    faults: dict[str, Fault]
+
+    @property
+    def skipped(self) -> int:
+        return sum(fault.count for fault in self.faults.values())
+
+
+def _see(encoder: Encoder, pictures: FolderPictures | ShardPictures, workers: int) -> _Seen:
+    """Read and encode a set; each process decodes the batches that it encodes, and no others.
+
+    A picture that several batches have is the first one's, with what is told of all.
+    """
+    world = _world(encoder)
+    alone = encoder if world is ALONE else encoder.alone()
+    own = range(world.rank, len(pictures), world.size)
+    with closing(loaded(pictures, own, min(workers, len(own)))) as batches:
+
+        def make(number: int) -> tuple:
+            images, *rest = next(batches)
+            return alone.images(images) if len(images) else None, *rest
+
+        shares = world.share(len(pictures), make)
+    features, told, places, faults = [], [], {}, {}
+    for part, names, said, missed in shares:
+        faults = add_faults(faults, missed)
+        fresh = [row for row, name in enumerate(names) if name not in places]
+        places |= {names[row]: len(told) + place for place, row in enumerate(fresh)}
+        told += [[] for _ in fresh]
+        features += [part[fresh]] if fresh else []
+        for name, each in zip(names, said, strict=True):
+            told[places[name]] += each
+    return _Seen(torch.cat(features) if features else torch.empty(0, 0), told, faults)
+
+
+def _world(encoder: Encoder) -> World:
+    return getattr(encoder, "world", None) or ALONE  # another's encoder works by itself
 
 
 def evaluate_folder(
-    encoder: Encoder, folder: str | Path, prompts: Sequence[str] = PHOTO_PROMPTS
+    encoder: Encoder,
+    folder: str | Path,
+    prompts: Sequence[str] = PHOTO_PROMPTS,
+    *,
+    classes: Names | None = None,
+    workers: int = 0,
+    features_of: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None,
 ) -> dict[str, float]:
     """Zero-shot figures on pictures in one folder a class; data/folders.py says how they are named.
 
     A file that cannot be read is counted in "skipped" and left out; a folder without a picture that
-    can be read is no class.
+    can be read is no class, unless `classes` names it.
+
+    Args:
+        classes: names of the folders; None: classes.txt's, or their own.
+        workers: processes that decode, beside each that encodes; 0: a thread.
+        features_of: class features of names and prompts; None: the encoder's classes.
     """
-    features, found, pixels, skipped = [], [], [], 0
-    for path, picture in read_folder(folder, **_resizing(encoder.model)):
-        if picture is None:
-            skipped += 1
-            continue
-        found.append(path)
-        pixels.append(picture)
-        if len(pixels) == encoder.batch_size * _TOGETHER:
-            features.append(encoder.images(torch.stack(pixels)))
-            pixels = []
-    if not found:
+    world = _world(encoder)
+
+    def listed() -> FolderPictures:
+        return FolderPictures(folder, batch_size=encoder.batch_size, **resizing(encoder.model))
+
+    pictures = world.decide(listed)
+    names = world.decide(lambda: pictures.called(classes) if classes else [])
+    seen = _see(encoder, pictures, workers)
+    if not seen.told:
         raise ValueError(f"evaluate: {folder} must hold pictures that can be read, got none")
-    if pixels:
-        features.append(encoder.images(torch.stack(pixels)))
-    classes = list(dict.fromkeys(found))
-    names = class_names(folder, classes)
-    labels = torch.tensor([classes.index(path) for path in found])
-    figures = classification(torch.cat(features), encoder.classes(names, prompts), labels)
-    return figures | {"skipped": skipped}
+    labels = torch.tensor([number for (number,) in seen.told])
+    if not classes:
+        there, labels = labels.unique(return_inverse=True)
+        found = [pictures.folders[number] for number in there.tolist()]
+        names = world.decide(lambda: class_names(folder, found))
+    features = (features_of or encoder.classes)(names, prompts)
+    figures = classification(seen.features, features, labels, world=world)
+    return figures | {"skipped": seen.skipped}
 
 
-def evaluate_shards(encoder: Encoder, pattern: str, captions: Captions = USUAL) -> dict[str, float]:
+def _see_shards(encoder: Encoder, pattern: str, workers: int, **how) -> _Seen:
+    """The pictures of shards; `how` as ShardPictures. Rank 0 warns of what is left out."""
+    world = _world(encoder)
+    sizes = dict(batch_size=encoder.batch_size, **resizing(encoder.model))
+    pictures = world.decide(lambda: ShardPictures(pattern, **sizes, **how))
+    scans = world.share(len(pictures.names), pictures.scan)
+    pictures.hold([rows for rows, _ in scans])
+    seen = _see(encoder, pictures, workers)
+    if world.is_main:
+        warn([sentence for _, said in scans for sentence in said])
+        warn_of(seen.faults)
+    return seen
+
+
+def evaluate_shards(
+    encoder: Encoder,
+    pattern: str,
+    captions: Captions = USUAL,
+    *,
+    workers: int = 0,
+    loss_batch: int = 256,
+) -> dict[str, float]:
     """Retrieval figures on the pictures of tar shards, each with all of its captions.
 
     A caption that several pictures have is one text, found if any of them is. n counts pictures.
+    "loss" is the model's on the pictures with their first captions, as `pair_losses`.
+
+    Args:
+        workers: as evaluate_folder.
+        loss_batch: pairs of a batch of the loss.
     """
-    how = _resizing(encoder.model)
-    images, found, skipped = read_pairs(pattern, **how, captions=captions)
-    if not found:
+    seen = _see_shards(encoder, pattern, workers, captions=captions)
+    figures = _retrieved(encoder, seen, loss_batch)
+    if figures is None:
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
+    return figures
+
+
+def _retrieved(encoder: Encoder, seen: _Seen, loss_batch: int) -> dict[str, float] | None:
+    """Retrieval figures of pictures with captions; None where none has any."""
+    world = _world(encoder)
+    found = [[text for told in one for text in told.texts] for one in seen.told]
+    kept = [number for number, one in enumerate(found) if one]
+    if not kept:
+        return None
     texts = list(dict.fromkeys(text for one in found for text in one))
     places = {text: place for place, text in enumerate(texts)}
-    pairs = {(image, places[text]) for image, one in enumerate(found) for text in one}
-    figures = retrieval(encoder.images(images), encoder.texts(texts), torch.tensor(sorted(pairs)))
-    chance = len(pairs) / (len(images) * len(texts))
-    return figures | {"n": len(images), "chance": chance, "skipped": skipped}
+    pairs = {(row, places[text]) for row, number in enumerate(kept) for text in found[number]}
+    images, features = seen.features[kept], encoder.texts(texts)
+    first = features[[places[found[number][0]] for number in kept]]
+    silent = sum(not told.texts for one in seen.told for told in one)
+    return {
+        **retrieval(images, features, torch.tensor(sorted(pairs)), world=world),
+        "n": len(kept),
+        "chance": len(pairs) / (len(kept) * len(texts)),
+        "skipped": seen.skipped + silent,
+        **pair_losses(encoder.model, images, first, loss_batch, world=world),
+    }
 
 
 def listed_classes(pattern: str) -> list[str]:
@@ -261,7 +252,7 @@ def _classes_in(folder: str) -> str:
 
 
 def evaluate_classes(
-    encoder: Encoder, pattern: str, prompts: Sequence[str] = ("{}",)
+    encoder: Encoder, pattern: str, prompts: Sequence[str] = ("{}",), *, workers: int = 0
 ) -> dict[str, float] | None:
     """Zero-shot figures on the pictures of shards whose caption is a line of their classes.txt.
 
@@ -269,21 +260,85 @@ def evaluate_classes(
     the first that is listed. Pictures without one are left out. None where there is no classes.txt,
     and, with a warning, where none of its names is a caption.
     """
-    names = listed_classes(pattern)
+    names = _world(encoder).decide(lambda: listed_classes(pattern))
     if not names:
         return None
-    images, captions, skipped = read_pairs(pattern, **_resizing(encoder.model))
+    seen = _see_shards(encoder, pattern, workers, named=True)
+    return _named(encoder, seen, names, pattern, encoder.classes, prompts)
+
+
+def _named(
+    encoder: Encoder, seen: _Seen, names: list[str], pattern: str, features_of, prompts
+) -> dict[str, float] | None:
+    """Figures of the pictures one of whose usual captions is a class's name."""
     places = {name: place for place, name in enumerate(names)}
-    labels = [next((places[text] for text in one if text in places), -1) for one in captions]
-    labels = torch.tensor(labels, dtype=torch.int64)
-    named = labels >= 0
-    if not named.any():
+    usual = [[text for told in one for text in told.names] for one in seen.told]
+    labels = [next((places[text] for text in one if text in places), -1) for one in usual]
+    if max(labels, default=-1) < 0:
         came = f"none, the first {names[0]!r}; nothing is classified"
-        must = f"classes.txt must hold captions of {pattern}"
-        warnings.warn(f"evaluate: {must}, got {came}", stacklevel=2)
+        if _world(encoder).is_main:
+            must = f"classes.txt must hold captions of {pattern}"
+            warnings.warn(f"evaluate: {must}, got {came}", stacklevel=3)
         return None
-    features, classes = encoder.images(images[named]), encoder.classes(names, prompts)
-    return classification(features, classes, labels[named]) | {"skipped": skipped}
+    silent = sum(not told.names for one in seen.told for told in one)
+    return _classified(encoder, seen, labels, features_of(names, prompts), silent)
+
+
+def _labelled(
+    encoder: Encoder, seen: _Seen, names: Sequence[str], pattern: str, features_of, prompts
+) -> dict[str, float] | None:
+    """Figures of the pictures that have a class's number beside them; None where none has."""
+    numbers = [[told.label for told in one if told.label is not None] for one in seen.told]
+    check_labels(pattern, (label for one in numbers for label in one), len(names))
+    if not any(numbers):
+        return None
+    labels = [one[0] if one else -1 for one in numbers]
+    silent = sum(told.label is None for one in seen.told for told in one)
+    return _classified(encoder, seen, labels, features_of(names, prompts), silent)
+
+
+def _classified(
+    encoder: Encoder, seen: _Seen, labels: list[int], classes: Tensor, silent: int
+) -> dict[str, float]:
+    """Figures of the pictures whose label is at least 0; `silent` samples told none."""
+    known = torch.tensor(labels)
+    features, known = seen.features[known >= 0], known[known >= 0]
+    figures = classification(features, classes, known, world=_world(encoder))
+    return figures | {"skipped": seen.skipped + silent}
+
+
+def _both(
+    encoder: Encoder,
+    pattern: str,
+    captions: Captions,
+    classes: Names | None,
+    features_of: Callable,
+    prompts: Sequence[str],
+    workers: int,
+    loss_batch: int,
+) -> dict[str, tuple[dict, int]]:
+    """Retrieval and classification figures of shards whose pictures are read once.
+
+    Pictures with a .cls are classified where `classes` are given, else by the captions that
+    classes.txt lists.
+
+    Returns:
+        by "shards" and "classes", where there are such figures, these and the number of templates.
+    """
+    names = _world(encoder).decide(lambda: listed_classes(pattern))
+    how = dict(captions=captions, named=bool(names), labelled=bool(classes))
+    seen = _see_shards(encoder, pattern, workers, **how)
+    retrieved, named, templates = _retrieved(encoder, seen, loss_batch), None, prompts
+    if classes:
+        templates = prompts or PHOTO_PROMPTS
+        named = _labelled(encoder, seen, classes.names, pattern, features_of, templates)
+    if names and not named:
+        templates = prompts or ("{}",)
+        named = _named(encoder, seen, names, pattern, features_of, templates)
+    if not retrieved and not named:
+        raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
+    found = {"shards": (retrieved, 0), "classes": (named, len(templates))}
+    return {kind: (figures, count) for kind, (figures, count) in found.items() if figures}
 
 
 def evaluate(
@@ -294,37 +349,53 @@ def evaluate(
     shards: str = "",
     captions: Captions = USUAL,
     own_prompts: Sequence[str] = (),
+    *,
+    classes: Names | None = None,
+    workers: int = 0,
+    loss_batch: int = 256,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[dict[str, dict], dict]:
     """(figures of each set, pictures to show with the names chosen) of all that is asked for.
 
-    own_prompts classify what images and shards name; none: as evaluate_folder, evaluate_classes.
+    Args:
+        own_prompts: classify what images and shards name; none: as evaluate_folder,
+            evaluate_classes.
+        classes: what the folders of images, and each .cls in shards, are called.
+        workers, loss_batch: as evaluate_shards.
+        say: takes a line that tells how each set was evaluated.
     """
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
     results: dict[str, dict] = {}
+    features_of = _once(encoder.classes)
     if pairs is not None:
         results, shown = evaluate_emoji(encoder, pairs, prompts)
-    given = {"prompts": own_prompts} if own_prompts else {}
-    for kind, path, figures in (
-        ("images", images, partial(evaluate_folder, **given)),
-        ("shards", shards, partial(evaluate_shards, captions=captions)),
-        ("classes", shards, partial(evaluate_classes, **given)),
-    ):
-        if path and (found := figures(encoder, path)):
-            # A name may hold bytes that are no text.
-            name = Path(path).name.encode(errors="backslashreplace").decode()
-            results[f"{kind}: {name}"] = found
+        say(embedded_line(encoder.model, results, len(prompts)))
+    found: dict[str, tuple[dict, int]] = {}
+    if images:
+        given = own_prompts or PHOTO_PROMPTS
+        more = dict(classes=classes, workers=workers, features_of=features_of)
+        found["images"] = evaluate_folder(encoder, images, given, **more), len(given)
+    if shards:
+        more = (features_of, own_prompts, workers, loss_batch)
+        found |= _both(encoder, shards, captions, classes, *more)
+    for kind, (figures, templates) in found.items():
+        path = images if kind == "images" else shards
+        # A name may hold bytes that are no text.
+        name = f"{kind}: {Path(path).name.encode(errors='backslashreplace').decode()}"
+        results[name] = figures
+        by = (_world(encoder).size, workers)
+        say(set_line(name, encoder.model, figures, templates, *by))
     return results, shown
 
 
-def table(results: dict[str, dict]) -> str:
-    """The figures of each split as lines of text, in percent."""
-    heads = ("top-1", 7), ("top-5", 7), ("i>t R1", 8), ("R5", 7), ("t>i R1", 8), ("R5", 7), ("n", 7)
-    lines = [" " * 30 + "".join(f"{head:>{width}}" for head, width in heads) + "  chance"]
-    for name, figures in results.items():
-        cells = [f"{name:30}"]
-        for key, width in (("top1", 7), ("top5", 7), ("image_to_text_r1", 8),
-                           ("image_to_text_r5", 7), ("text_to_image_r1", 8),
-                           ("text_to_image_r5", 7)):  # fmt: skip
-            cells.append(f"{100 * figures[key]:{width}.1f}" if key in figures else " " * width)
-        lines.append("".join(cells) + f"{figures['n']:7d}  {100 * figures['chance']:.2f}")
-    return "\n".join(lines)
+def _once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, called once for equal lists of words."""
+    kept: dict[tuple, Tensor] = {}
+
+    def found(*lists: Sequence[str]) -> Tensor:
+        key = tuple(map(tuple, lists))
+        if key not in kept:
+            kept[key] = function(*lists)
+        return kept[key]
+
+    return found

@@ -125,7 +125,8 @@ def _draw_accuracy(axis, results: dict[str, dict[str, dict]]) -> None:
             at = row + (number - (len(stages) - 1) / 2) * height
             colour, label = _BLUES[number % len(_BLUES)], stage if row == 0 else None
             axis.barh(at, share, height * 0.9, color=colour, label=label)
-            axis.text(share, at, f" {share:.1%}", va="center", fontsize=8.5, color=_INK)
+            words = f" {share:.1%}" + (f", loss {figures['loss']:.3f}" if "loss" in figures else "")
+            axis.text(share, at, words, va="center", fontsize=8.5, color=_INK)
             chance = figures["chance"]
             label = "chance" if row == 0 and number == len(stages) - 1 else None
             axis.plot([chance] * 2, [at - height / 2, at + height / 2], color=_WRONG, label=label)

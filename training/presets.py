@@ -100,7 +100,7 @@ def _v2(
         },
         "augment": _JITTER,
         "model": {"size": size, "dialect": "clipa-v2", "patch_size": 14, "pool": "mean"},
-        "optim": _OPTIM,
+        "optim": _OPTIM | {"moment": "bf16"},
         "run": _RUN,
         "stages": {
             "short": table | short,

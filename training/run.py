@@ -8,7 +8,8 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from data.batches import Batch, Tally, describe_faults
+from data.classes import classes_in, prompts_in
 from data.emoji import EmojiPairs, prompts_of
 from data.files import write_whole
 from data.text import Tokenizer
@@ -138,17 +140,26 @@ class Run:
     advised: set[str] = field(default_factory=set)  # stages whose advice was given
     exchange: dict[str, float] = field(default_factory=dict)  # seconds of a stage's gradients
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
+    writer: Executor = field(default_factory=lambda: ThreadPoolExecutor(1))  # of rank 0
+    writing: Future | None = None  # the checkpoint that the writer was given last
 
     def __post_init__(self) -> None:
         self.alarm = Alarm(self.world, self.config.run.step_timeout)
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
-        """Write a checkpoint, on rank 0, if there is nothing but finite numbers to write.
+        """Have a checkpoint written, by rank 0, if there is nothing but finite numbers to write.
 
-        Where it cannot be written, all processes end.
+        Training goes on while it is; the one before must be on the disk first.
         """
+        self.written()
         run = self.config.run
-        self.alarm.rest()
+
+        def check() -> None:
+            if not Path(run.output).is_dir():
+                must = f"train: {run.output} must stay while it runs"
+                raise RuntimeError(f"{must}, got no such folder")
+
+        self.world.decide(check)
         checkpoint.check_finite(model, optimizer, run.output, stage, done, self.world)
         state = checkpoint.pack_state(
             model,
@@ -160,15 +171,32 @@ class Run:
             metrics=self.metrics,
             spikes=self.guard.state() if self.guard else {},
         )
+        if self.world.is_main:
+            cuda = self.world.device.type == "cuda"
+            state = checkpoint.snapshot(state)
+            copied = torch.cuda.current_stream(self.world.device).record_event() if cuda else None
 
-        def write() -> None:
-            if not Path(run.output).is_dir():
-                must = f"train: {run.output} must stay while it runs"
-                raise RuntimeError(f"{must}, got no such folder")
-            checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
+            def write() -> None:
+                if copied is not None:
+                    copied.synchronize()
+                checkpoint.save(run.output, state, done, run.keep_checkpoints, run.keep_every)
 
-        self.world.decide(write)
+            self.writing = self.writer.submit(write)
         self.saved = time.monotonic()
+
+    def written(self) -> None:
+        """Wait until the last checkpoint is on the disk; all processes end if it cannot be.
+
+        Every process must call it.
+        """
+        self.alarm.rest()
+        writing, self.writing = self.writing, None
+        self.world.together(lambda: writing and writing.result())
+
+    def stopped(self, where: str) -> None:
+        """Say that a signal ended the run; every process must call it."""
+        self.written()
+        self.world.print(f"{self.stop.name or 'stopped'}: {where}")
 
     def due(self, done: int, agreeing: bool) -> bool:
         """Whether a checkpoint is to be written after step `done`, on every process alike.
@@ -178,6 +206,8 @@ class Run:
         """
         run = self.config.run
         late = time.monotonic() - self.saved > 60 * run.save_minutes > 0
+        writing = self.writing  # one that failed is told by the next
+        late |= writing is not None and writing.done() and writing.exception() is not None
         by_steps = any(every and done % every == 0 for every in (run.save_every, run.keep_every))
         return (agreeing and self.world.any(late)) or by_steps
 
@@ -215,6 +245,7 @@ def log_step(
     loss = run.world.mean(values["loss"]).item()
     guard = run.guard
     if not math.isfinite(loss) and not (guard and bool(guard.spike)):  # which harmed nothing
+        run.written()
         raise checkpoint.not_finite(
             f"the loss must be finite, got {loss}", run.config.run.output, stage, done
         )
@@ -276,17 +307,37 @@ def counted(world: World, skipped: int, tally: Tally) -> dict[str, int | dict[st
     return row | ({"samples_by_source": by_source} if by_source else {})
 
 
-def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
-    """Figures of each split, by all processes; keeps the pictures for the report."""
+def evaluation(
+    run: Run, stage: str, model: CLIP, say: Callable[[str], object] | None = None
+) -> dict[str, dict]:
+    """Figures of each split, by all processes; keeps the pictures for the report.
+
+    Args:
+        say: takes a line that tells how each set was evaluated; None prints it.
+    """
     run.alarm.rest()
-    dtype = autocast_dtype(run.config.run.precision, run.world.device)
+    config, world = run.config, run.world
+    dtype = autocast_dtype(config.run.precision, world.device)
     training = model.training
-    encoder = Encoder(model.eval(), run.tokenizer, run.world.device, dtype, world=run.world)
+    encoder = Encoder(model.eval(), run.tokenizer, world.device, dtype, world=world)
     began = time.perf_counter()
-    captions = run.config.caption_keys.for_retrieval()
-    extra = (run.config.run.eval_images, run.config.run.eval_shards, captions)
-    prompts = prompts_of(run.config.data.captions)
-    figures, run.shown = run.world.together(lambda: evaluate(encoder, run.pairs, prompts, *extra))
+
+    def figures_of() -> tuple[dict[str, dict], dict]:
+        return evaluate(
+            encoder,
+            run.pairs,
+            prompts_of(config.data.captions),
+            config.run.eval_images,
+            config.run.eval_shards,
+            config.caption_keys.for_retrieval(),
+            prompts_in(config.run.eval_prompts),
+            classes=classes_in(config.run.eval_classes),
+            workers=config.data.workers,
+            loss_batch=config.stages[stage].batch_size,
+            say=say or world.print,
+        )
+
+    figures, run.shown = world.together(figures_of)
     model.train(training)
     seconds = run.metrics["seconds"]
     name = f"{stage} evaluation"
@@ -295,16 +346,21 @@ def evaluation(run: Run, stage: str, model: CLIP) -> dict[str, dict]:
 
 
 def look(run: Run, stage: str, done: int, model: CLIP) -> str:
-    """Evaluate in mid-stage: a line in evaluations.jsonl, and the best figures in words."""
+    """Evaluate in mid-stage: a line in evaluations.jsonl, and figures in words."""
     vocabulary, device = run.tokenizer.vocab_size, run.world.device
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and thrown away
         whole = unsharded(model, lambda: build_model(run.config, stage, vocabulary).to(device))
-    figures = evaluation(run, stage, whole)
+    said: list[str] = []
+    figures = evaluation(run, stage, whole, said.append)
     if run.looks is not None:
         run.looks.write(stage=stage, step=done, figures=figures)
     name, first = next(iter(figures.items()))
     key = "top1" if "top1" in first else "image_to_text_r1"
-    return f"{stage} {done}: {name}: {key} {100 * first[key]:.1f}"
+    said.append(f"{stage} {done}: {name}: {key} {100 * first[key]:.1f}")
+    for name, each in figures.items():
+        if "loss" in each:
+            said.append(f"{stage} {done}: {name}: loss {each['loss']:.4f}")
+    return "\n".join(said)
 
 
 def finish(run: Run, stage: str, model: CLIP) -> None:

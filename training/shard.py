@@ -58,14 +58,28 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in parts as one, on the CPU of rank 0 alone; others as they are.
+    """A tensor in parts as one, on the CPU of rank 0 alone, as `on_host`; others as they are.
 
     Every process must call it; those that are not rank 0 get an empty one.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.detach().full_tensor()
-    return full.cpu() if tensor.device_mesh.get_rank() == 0 else full.new_empty(0)
+    return on_host(full) if tensor.device_mesh.get_rank() == 0 else full.new_empty(0)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory that later steps do not change; a pinned one is its own copy.
+
+    From a GPU it is pinned, and whole only when what the stream was given so far is done: the
+    process does not wait for it.
+    """
+    if tensor.device.type == "cuda":
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return copy.copy_(tensor.detach(), non_blocking=True)
+    if tensor.device.type == "cpu" and tensor.is_pinned():
+        return tensor
+    return tensor.detach().to("cpu", copy=True)
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:

@@ -177,8 +177,8 @@ def run_stage(
     stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
-    steps = window_of(config.run.profile if world.is_main else "")
-    tracer = Tracer(steps, Path(config.run.output) / f"trace-{stage}.json")
+    window, path = window_of(config.run.profile), Path(config.run.output) / f"trace-{stage}.json"
+    tracer = Tracer(window, path, writes=world.is_main, rest=run.alarm.rest)
     model.train()
     while done < sizes.steps:
         tracer(done)
@@ -186,12 +186,13 @@ def run_stage(
             batch = next(stream)
         values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
         done += 1
+        run.alarm.set(done)
         meter.add(sizes.batch_size, round(values["tokens"] * world.size))
         tally.add(batch)
         shown = {}
         if done % config.run.log_every == 0 or done == sizes.steps:
             row = log_step(run, stage, done, values, meter, batch, model, tally)
-            for words in remarks(run, stage, done, row, tally):
+            for words in remarks(run, stage, done, row, tally, model):
                 bar.message(words)
             tally, shown = Tally(), {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)

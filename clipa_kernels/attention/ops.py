@@ -1,7 +1,7 @@
 """The custom operators behind varlen_attention: opaque to torch.compile, saving only their inputs.
 
-Autocast is off inside: q, k, v arrive in the dtype to multiply in. Two forms, since an operator
-must not return views: one packed tensor with its packed gradient, or three with theirs.
+Plain torch runs without autocast: q, k, v arrive in the dtype to multiply in. Two forms, since an
+operator must not return views: one packed tensor with its packed gradient, or three with theirs.
 """
 
 import torch
@@ -21,14 +21,14 @@ def _attention_packed(
     kernels: bool = False,
 ) -> Tensor:
     """kernels: Triton's instead of torch's batched products."""
-    with torch.autocast(qkv.device.type, enabled=False):
-        if not kernels:
+    if not kernels:
+        with torch.autocast(qkv.device.type, enabled=False):
             return plain.forward(qkv, cu_seqlens, max_seqlen, causal, scale)
-        from ..launch import require_products
-        from . import kernels
+    from ..launch import require_products
+    from . import kernels
 
-        require_products("varlen_attention_qkvpacked", qkv)
-        return kernels.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
+    require_products("varlen_attention_qkvpacked", qkv)
+    return kernels.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
 
 
 def _attention_packed_backward(
@@ -41,15 +41,15 @@ def _attention_packed_backward(
     kernels: bool = False,
 ) -> Tensor:
     """Gradient of qkv, [T, 3, H, D]."""
-    with torch.autocast(qkv.device.type, enabled=False):
-        if not kernels:
+    if not kernels:
+        with torch.autocast(qkv.device.type, enabled=False):
             return plain.backward(dout, qkv, cu_seqlens, max_seqlen, causal, scale)
-        from . import kernels
+    from . import kernels
 
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        rest = max_seqlen, causal, scale
-        kernels.backward(dout, *qkv.unbind(1), cu_seqlens, dqkv.unbind(1), *rest)
-        return dqkv
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    rest = max_seqlen, causal, scale
+    kernels.backward(dout, *qkv.unbind(1), cu_seqlens, dqkv.unbind(1), *rest)
+    return dqkv
 
 
 _packed = torch.library.custom_op(

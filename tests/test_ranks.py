@@ -47,7 +47,7 @@ def end(processes: list[subprocess.Popen]) -> list[str]:
     for process in processes:
         out, _ = process.communicate(timeout=120)
         assert process.returncode != 0 and "Traceback" not in out, out
-        assert re.search(r"^(train\.py: .+ got .+|rank \d ends: )", out, re.M), out
+        assert re.search(r"^(\w+(\.py)?: .+ got .+|rank \d ends: )", out, re.M), out
         said.append(out)
     return said
 

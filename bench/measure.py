@@ -70,22 +70,42 @@ def copied(inputs: Any) -> Any:
 
 
 def seconds(
-    function: Function, inputs: Sequence[Any], *, rounds: int = 5, least: float = 0.01
+    function: Function,
+    inputs: Sequence[Any],
+    *,
+    rounds: int = 5 if DEVICE == "cuda" else 1,
+    least: float = 0.01,
+    graph: bool = False,
 ) -> float:
-    """The median time of function(*inputs), in bursts that last about `least` seconds on CUDA."""
-    device = next((leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
-    each = itertools.cycle(turns(tuple(inputs), device or DEVICE))
+    """The median time of function(*inputs), in bursts that last about `least` seconds on CUDA.
 
-    def burst(calls: int) -> float:
-        start = clock()
+    graph: a burst is a CUDA graph, so that the host has no part in it.
+    """
+    device = next((leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+    copies = turns(tuple(inputs), device or DEVICE)
+    each = itertools.cycle(copies)
+
+    def burst(calls: int) -> None:
         for _ in range(calls):
             function(*next(each))
+
+    def timed(calls: int, run: Callable[[], None]) -> float:
+        start = clock()
+        run()
         return (clock() - start) / calls
 
     burst(1)  # which compiles
-    once = burst(1)
+    once = timed(1, lambda: burst(1))
     calls = min(100, max(1, int(least / max(once, 1e-6)))) if DEVICE == "cuda" else 1
-    return statistics.median(burst(calls) for _ in range(rounds))
+    run = lambda: burst(calls)  # noqa: E731
+    if graph and DEVICE == "cuda":
+        calls = max(calls, len(copies))
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            burst(calls)
+        run = recorded.replay
+        run()
+    return statistics.median(timed(calls, run) for _ in range(rounds))
 
 
 def allowed(exact: Tensor, baseline: Tensor) -> float:

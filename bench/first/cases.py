@@ -43,7 +43,7 @@ STEM = ((224, 16, 0.5, 768), (224, 16, 0.75, 768), (112, 16, 0.0, 768), (84, 14,
 WIDTHS = (768, 1280, 1664, 4096)
 FORMS = ("none", "tanh", "quick")
 LOSS = ((1024, 512), (512, 1024), (1000, 768))
-FINISH = 37  # tokens of an image in the short stage
+SHORT = 37  # tokens of an image of H/14 in the short stage
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,10 @@ def loss_case(n: int, width: int, scale: float, sigmoid: bool = False) -> Case:
 
 def right_cases(big: bool) -> dict[str, list[Case]]:
     """By op, few sequences of many shapes: what is compared with fp64."""
-    count, heads, rows = (64, 16, 64 * FINISH) if big else (2, 1, 5)
+    count, heads, rows = (64, 16, 64 * SHORT) if big else (2, 1, 5)
     lengths = ATTENTION if big else ((8, 16), (17, 24))
     stems = STEM if big else ((12, 4, 0.5, 16),)
-    losses = LOSS if big else ((20, 16),)
+    losses = LOSS if big else ((12, 16),)
     widths, hidden = (WIDTHS, 5120) if big else ((40,), 24)
     cases = [attention_case(*shape, count, heads) for shape in lengths]
     cases += [attention_case(length, size, count, heads, True) for length, size in lengths[-6:]]
@@ -213,10 +213,10 @@ def small_cases(big: bool) -> list[Case]:
         attention_case(37 if big else 8, 80 if big else 16, count, heads),
         attention_case(77 if big else 20, 64 if big else 16, count, heads, True),
         stem_case(56 if big else 8, 14 if big else 4, 0.5, width, count),
-        norm_case(count * 37, width),
-        gelu_case("none", count * 37, width),
-        loss_case(150 if big else 20, width, 14.3),
-        loss_case(150 if big else 20, width, 14.3, sigmoid=True),
+        norm_case(count * (SHORT if big else 2), width),
+        gelu_case("none", count * (SHORT if big else 2), width),
+        loss_case(150 if big else 12, width, 14.3),
+        loss_case(150 if big else 12, width, 14.3, sigmoid=True),
     ]
 
 
@@ -230,8 +230,8 @@ def fast_cases(big: bool) -> dict[str, list[Case]]:
     cases = [attention_case(n, size, batch, heads) for n, size, heads in shapes]
     cases += [attention_case(197, 64, 512, 12), attention_case(77, 64, 1024, 12, True)]
     cases += [stem_case(*shape, batch) for shape in STEM]
-    cases += [norm_case(batch * FINISH, width) for width in WIDTHS[:3]]
-    cases += [gelu_case(form, batch * FINISH, 5120) for form in FORMS]
+    cases += [norm_case(batch * SHORT, width) for width in WIDTHS[:3]]
+    cases += [gelu_case(form, batch * SHORT, 5120) for form in FORMS]
     cases += [loss_case(n, 1024, 14.3) for n in (4096, 32768)]
     cases += [loss_case(32768, 512, 14.3), loss_case(32768, 1024, 10.0, sigmoid=True)]
     return by_op(cases)

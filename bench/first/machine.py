@@ -48,9 +48,9 @@ class Machine:
             return found | dict(device="cpu, interpreted")
         about = torch.cuda.get_device_properties(self.device)
         return found | dict(
-            device=about.name, arch=f"sm_{about.major}{about.minor}", sms=about.multi_processor_count,
-            memory=about.total_memory, l2=about.L2_cache_size, devices=torch.cuda.device_count(),
-            cuda=torch.version.cuda,
+            device=about.name, arch=f"sm_{about.major}{about.minor}",
+            sms=about.multi_processor_count, memory=about.total_memory, l2=about.L2_cache_size,
+            devices=torch.cuda.device_count(), cuda=torch.version.cuda,
         )  # fmt: skip
 
     @property

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,11 +19,11 @@ from torch import Tensor
 from bench.first import unseen
 from bench.first.cases import Case, both, gradients_of, right_cases, small_cases
 from bench.first.machine import Machine
+from bench.first.programs import ROOT, programs
 from bench.first.report import Check, Line, tried
 from bench.measure import allowed, seconds
 from clipa_kernels import bias_gelu, block_patches, grid_patches, random_patches
 
-ROOT = Path(__file__).parents[2]
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -154,54 +152,26 @@ def masks(machine: Machine) -> Iterator[Line]:
 def launches(machine: Machine) -> Iterator[Line]:
     """Every launch that bench/meters/calls.py records, compiled for this machine: registers and
     spills. A process of its own, which is not under the interpreter."""
-    jobs = machine.pick(16, 1)
-    command = ["bench.compiled", "--json", "--arch", str(machine.arch), "--jobs", str(jobs)]
-    command += machine.pick([], ["masking"])
+    command = ["bench.compiled", "--json", "--arch", str(machine.arch), "--calls"]
     count = spilling = wrong = 0
-    for more in ([], ["--no-presets"]):
-        missing = ""
-        for line in program(*command, *more):
+    # The presets' steps by themselves: their Config needs packages that may not be here.
+    every = ("presets",), ("attention", "stem", "glue", "loss", "masking")
+    for kinds in machine.pick(every, (("masking",),)):
+        for line in programs(machine.pick(16, 1), *command, *kinds):
             if "ended" in line:
-                missing = line["ended"] if "ModuleNotFoundError" in line["ended"] else ""
-                yield dict(line, ok=bool(missing and not more))
+                absent = "ModuleNotFoundError" in line["ended"]
+                yield dict(line, case=" ".join(kinds)) | ({} if absent else dict(ok=False))
                 continue
             spills = line.get("spill_stores", 0)
             good = "error" not in line and line.get("blocks_per_sm", 0) > 0
             count, spilling, wrong = count + 1, spilling + (spills > 0), wrong + (not good)
+            line = {key: line[key] for key in line if key not in ("types", "sizes")}
             yield dict(ok=good and not spills) | line
-        if not missing:
-            break
-    words = f"{count} launches, {spilling} spill, {wrong} do not compile or fit"
-    yield dict(table=words, ok=not wrong)
-
-
-def program(module: str, *arguments: str) -> Iterator[Line]:
-    """The JSON lines of a module run as a program without the interpreter, and how it "ended" if
-    not well."""
-    from os import environ
-
-    env = {key: value for key, value in environ.items() if key != "TRITON_INTERPRET"}
-    with tempfile.TemporaryFile("w+") as errors:
-        running = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True,
-        )  # fmt: skip
-        try:
-            for line in running.stdout:
-                yield json.loads(line)
-            if running.wait():
-                errors.seek(0)
-                yield dict(ended=errors.read().strip()[-500:])
-        finally:
-            running.kill()
-            running.wait()
-            running.stdout.close()
+    yield dict(table=f"{count} launches, {spilling} spill, {wrong} do not compile or fit")
 
 
 def sanitized(machine: Machine, tool: str) -> Iterator[Line]:
     """compute-sanitizer over one small call of each op, each allocation by itself."""
-    from os import environ
-
     path = shutil.which("compute-sanitizer")
     if path is None:
         yield dict(skipped="compute-sanitizer is not installed")
@@ -210,7 +180,7 @@ def sanitized(machine: Machine, tool: str) -> Iterator[Line]:
     run = subprocess.run(
         [path, "--tool", tool, *child], cwd=ROOT, text=True, check=False, timeout=140,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=dict(environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        env=dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
     )  # fmt: skip
     found = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", run.stdout)
     first = next((line for line in run.stdout.splitlines() if "=========" in line[:9]), "")

@@ -8,7 +8,7 @@ Tensors are fake, so sizes are those of a real run; see launches.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,16 +43,17 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 Call = tuple[str, Callable[[], None]]
 
 
-def recorded(*ops: str, archs: tuple[int, ...] = ARCHS, presets: bool = True) -> list[Launch]:
-    """The launches of all calls; where ops are named, of their kernels alone: "attention", and
-    "launch" for the kernel that several share. presets: training's steps too, whose Config needs
-    more packages than torch.
+def recorded(
+    *ops: str, archs: tuple[int, ...] = ARCHS, kinds: Iterable[str] | None = None
+) -> list[Launch]:
+    """The launches of all calls, or of those kinds of them that are keys of CALLS; where ops are
+    named, of their kernels alone: "attention", and "launch" for the kernel that several share.
 
     Raises: ValueError for an op without a launch.
     """
     found: list[Launch] = []
     with recording(*archs) as launches:
-        for label, call in calls(presets):
+        for label, call in calls(kinds):
             call()
             found += [replace(launch, call=label) for launch in launches]
             launches.clear()
@@ -63,19 +64,15 @@ def recorded(*ops: str, archs: tuple[int, ...] = ARCHS, presets: bool = True) ->
     return [launch for launch in found if launch.room in ops] if ops else found
 
 
-def calls(presets: bool = True) -> Iterator[Call]:
+def calls(kinds: Iterable[str] | None = None) -> Iterator[Call]:
     """(what is called, in words; the call)."""
-    if presets:
-        yield from preset_calls()
-    yield from attention_calls()
-    yield from stem_calls()
-    yield from glue_calls()
-    yield from loss_calls()
-    yield from masking_calls()
+    for kind in CALLS if kinds is None else kinds:
+        yield from CALLS[kind]()
 
 
 def preset_calls() -> Iterator[Call]:
-    """Steps of every preset, those alike once, and three in other dtypes."""
+    """Steps of every preset, those alike once, and three in other dtypes. Their Config needs more
+    packages than torch."""
     from training.config import preset
     from training.presets import PRESETS
 
@@ -257,3 +254,13 @@ def masking_calls(batch: int = 4096) -> Iterator[Call]:
     yield "grid of 1024", partial(grid_patches, batch, (32, 32), **key)
     yield "block of 1024", partial(block_patches, batch, (32, 32), 0.75, **key)
     yield "random of 16", partial(random_patches, batch, (4, 4), 0.5, **key)
+
+
+CALLS = {
+    "presets": preset_calls,
+    "attention": attention_calls,
+    "stem": stem_calls,
+    "glue": glue_calls,
+    "loss": loss_calls,
+    "masking": masking_calls,
+}

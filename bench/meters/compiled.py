@@ -256,20 +256,21 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> int:
     """Print the table of all launches, or of those of the ops named."""
-    from bench.meters.calls import recorded
+    from bench.meters.calls import CALLS, recorded
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("ops", nargs="*", help="folders of clipa_kernels; none: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHS), choices=list(ARCHS))
     parser.add_argument("--json", action="store_true", help="a line of JSON a row")
-    parser.add_argument("--no-presets", action="store_true", help="leave out training's steps")
+    parser.add_argument("--calls", nargs="*", choices=list(CALLS), help="whose launches; none: all")
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), help="which of how many")
     asked = parser.parse_args()
     if asked.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {asked.jobs}")
-    archs, presets = tuple(asked.arch), not asked.no_presets
-    launches = distinct(recorded(*asked.ops, archs=archs, presets=presets))
-    width = max(len(launch.label) for launch in launches)
+    launches = distinct(recorded(*asked.ops, archs=tuple(asked.arch), kinds=asked.calls))
+    launches = launches[asked.part[0] :: asked.part[1]]
+    width = max((len(launch.label) for launch in launches), default=6)
     if not asked.json:
         print(heading(width), flush=True)
     good = True

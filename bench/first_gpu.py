@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,14 +52,20 @@ def checks_of(stage: str) -> list:
     return (fast if stage == "fast" else tune).checks(machine)
 
 
-def supervise(stage: str, seconds: float, say: Callable[[dict[str, Any]], None]) -> None:
+def supervise(
+    stage: str,
+    seconds: float,
+    say: Callable[[dict[str, Any]], None],
+    program: Sequence[str] = (sys.executable, "-m", "bench.first_gpu"),
+) -> None:
     """Run a stage in processes: where one dies or hangs, the next begins behind that check."""
     ends, skip = time.perf_counter() + seconds, 0
     while True:
         left = ends - time.perf_counter()
         options = ["--child", "--skip", str(skip), "--seconds", f"{max(left, 0):.0f}"]
-        command = [sys.executable, "-m", "bench.first_gpu", stage, *options]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [*program, stage, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         begun, last = skip - 1, ""
         try:
             for line in lines_of(child, ends + GRACE):
@@ -81,7 +87,7 @@ def supervise(stage: str, seconds: float, say: Callable[[dict[str, Any]], None])
         skip = begun + 1
 
 
-def lines_of(child: subprocess.Popen, ends: float):
+def lines_of(child: subprocess.Popen, ends: float) -> Iterator[dict[str, Any]]:
     """The lines of a child as they come. Raises: TimeoutError where a check passes its limit."""
     came: queue.Queue[str | None] = queue.Queue()
 

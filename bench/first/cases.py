@@ -197,11 +197,13 @@ def right_cases(big: bool) -> dict[str, list[Case]]:
     losses = LOSS if big else ((12, 16),)
     widths, hidden = (WIDTHS, 5120) if big else ((40,), 24)
     cases = [attention_case(*shape, count, heads) for shape in lengths]
-    cases += [attention_case(length, size, count, heads, True) for length, size in lengths[-6:]]
+    cases += [attention_case(*shape, count, heads, True) for shape in lengths[-6 if big else -1 :]]
     cases += [stem_case(*shape, count) for shape in stems]
     cases += [norm_case(rows, width, first) for width in widths for first in (False, True)]
-    cases += [gelu_case(form, rows, hidden) for form in FORMS]
-    cases += [loss_case(*size, scale) for size in losses for scale in (14.3, 100.0)]
+    cases += [gelu_case(form, rows, hidden) for form in (FORMS if big else FORMS[:1])]
+    cases += [
+        loss_case(*size, scale) for size in losses for scale in ((14.3, 100.0) if big else (100.0,))
+    ]
     cases += [loss_case(*size, 10.0, sigmoid=True) for size in losses]
     return by_op(cases)
 

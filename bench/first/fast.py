@@ -32,7 +32,7 @@ TINY = dict(width=32, depth=1, heads=2)
 
 def checks(machine: Machine) -> list[Check]:
     """By op the launches, then the rivals; then whole blocks and steps."""
-    ops = fast_cases(machine.big)
+    ops, steps = fast_cases(machine.big), machine.pick(list(STEPS), ["H/14"])
 
     @cache
     def models() -> dict[tuple[str, int], Line]:
@@ -48,8 +48,8 @@ def checks(machine: Machine) -> list[Check]:
         for op, cases in ops.items()
     ]
     made += [Check(f"rivals {op}", partial(beside, machine, cases)) for op, cases in ops.items()]
-    made += [Check(f"block {name}", partial(block, machine, name)) for name in STEPS]
-    made += [Check(f"step {name}", partial(whole_step, machine, name), 120) for name in STEPS]
+    made += [Check(f"block {name}", partial(block, machine, name)) for name in steps]
+    made += [Check(f"step {name}", partial(whole_step, machine, name), 120) for name in steps]
     return made
 
 
@@ -245,7 +245,7 @@ def _without_waiting(machine: Machine, train: Callable[[], None]) -> Line:
 def profiled(machine: Machine, function: Callable[[], None], most: int = 25) -> Iterator[Line]:
     """The kernels that take longest in one call."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if machine.cuda else [])]
-    with profile(activities=kinds) as seen:
+    with profile(activities=kinds, acc_events=True) as seen:
         function()
         machine.wait()
     on = DeviceType.CUDA if machine.cuda else DeviceType.CPU

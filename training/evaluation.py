@@ -137,6 +137,10 @@ def _world(encoder: Encoder) -> World:
     return getattr(encoder, "world", None) or ALONE  # another's encoder works by itself
 
 
+def _batch_size(encoder: Encoder) -> int:
+    return getattr(encoder, "batch_size", Encoder.batch_size)
+
+
 def evaluate_folder(
     encoder: Encoder,
     folder: str | Path,
@@ -159,7 +163,7 @@ def evaluate_folder(
     world = _world(encoder)
 
     def listed() -> FolderPictures:
-        return FolderPictures(folder, batch_size=encoder.batch_size, **resizing(encoder.model))
+        return FolderPictures(folder, batch_size=_batch_size(encoder), **resizing(encoder.model))
 
     pictures = world.decide(listed)
     names = world.decide(lambda: pictures.called(classes) if classes else [])
@@ -179,7 +183,7 @@ def evaluate_folder(
 def _see_shards(encoder: Encoder, pattern: str, workers: int, **how) -> _Seen:
     """The pictures of shards; `how` as ShardPictures. Rank 0 warns of what is left out."""
     world = _world(encoder)
-    sizes = dict(batch_size=encoder.batch_size, **resizing(encoder.model))
+    sizes = dict(batch_size=_batch_size(encoder), **resizing(encoder.model))
     pictures = world.decide(lambda: ShardPictures(pattern, **sizes, **how))
     scans = world.share(len(pictures.names), pictures.scan)
     pictures.hold([rows for rows, _ in scans])

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import re
 import resource
@@ -32,14 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.measure import BURST, DEVICE, DTYPES, clock, turns
 from clipa_kernels import contrastive_loss
 
 ROOT = Path(__file__).parents[1]
 WIDTH, SCALE = 512, 14.3
 RIVALS = ("triton", "torch", "open_clip", "open_clip compiled", "memeff", "inf_cl")
 SIZES = (1024, 4096, 8192, 16384, 32768, 65536)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.benchmark(timer=clock)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -85,13 +86,11 @@ def leaves(n: int, dtype: torch.dtype, width: int = WIDTH) -> list[Tensor]:
 
 
 def step(loss: Loss, inputs: list[Tensor]) -> Tensor:
-    """Forward and backward, finished when it returns."""
+    """Forward and backward."""
     for leaf in inputs:
         leaf.grad = None
     value = loss(*inputs)
     value.backward()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
     return value.detach()
 
 
@@ -158,8 +157,10 @@ def test_contrastive(benchmark, name, n, dtype):
     assert off < (1e-4 if dtype == "fp32" else 0.2), f"{name} is wrong by {off:.1e}"
     inputs = leaves(n, DTYPES[dtype])
     benchmark.group = f"N={n} D={WIDTH} {dtype} {DEVICE}"
+    each = itertools.cycle(turns(inputs))
+    call = lambda: step(loss, next(each))  # noqa: E731
     try:
-        benchmark.pedantic(step, (loss, inputs), warmup_rounds=1, rounds=3)
+        benchmark.pedantic(call, warmup_rounds=1, rounds=3, iterations=BURST)
     except torch.OutOfMemoryError:
         pytest.skip(f"{name} at N={n} does not fit this GPU")
     if not benchmark.enabled:  # --benchmark-disable: checked, not timed
@@ -196,13 +197,14 @@ def table(n: int, load: int) -> None:
         losses = {name: rival(name) for name in RIVALS}
         for name in [name for name, loss in losses.items() if isinstance(loss, str)]:
             print(f"{dtype} {name:20} skipped: {losses.pop(name)}")
-        inputs, times = leaves(n, torch_dtype), {name: [] for name in losses}
+        each = itertools.cycle(turns(leaves(n, torch_dtype)))
+        times = {name: [] for name in losses}
         with busy(load):
             for _ in range(6):
                 for name, loss in losses.items():
-                    start = time.perf_counter(), time.process_time()
-                    step(loss, inputs)
-                    end = time.perf_counter(), time.process_time()
+                    start = clock(), time.process_time()
+                    step(loss, next(each))
+                    end = clock(), time.process_time()
                     times[name].append((end[0] - start[0], end[1] - start[1]))
         for name, loss in losses.items():
             wall, cpu = (statistics.median(t[i] for t in times[name][1:]) for i in (0, 1))

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.measure import DEVICE, DTYPES, check_and_time
+from bench.measure import DEVICE, DTYPES, check_and_time, clock
 from clipa_kernels import bias_gelu
 
 WIDTHS = {"B": 3072, "L": 4096, "H": 5120, "bigG": 8192}
 TOKENS = 37 * (4096 if DEVICE == "cuda" else 64)
 RIVALS = ("ours", "torch", "eager", "compiled")
+pytestmark = pytest.mark.benchmark(timer=clock)
 
 
 def eager(form):

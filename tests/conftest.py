@@ -1,4 +1,4 @@
-"""Shared by all tests: NaN in uninitialised memory, and Triton's interpreter."""
+"""Shared by all tests: NaN in uninitialised memory, and Triton's interpreter or a device."""
 
 import os
 import re
@@ -6,11 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from device import COMPILED, DEVICE, FILES, on_device
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads it when it is imported, so all tests of one process run interpreted; what compiles
 # kernels does so in processes without it (tests/test_compiled.py).
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if not COMPILED:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
 
@@ -24,7 +26,13 @@ def _release(package: str) -> tuple[int, ...]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what runs interpreted kernels, by file or by parameter, where the interpreter cannot."""
+    """On a device, skip what stays on the CPU; else what runs interpreted kernels, by file or by
+    parameter, where the interpreter cannot."""
+    if COMPILED:
+        for item in items:
+            if item.path.name not in FILES:
+                item.add_marker(pytest.mark.skip(reason=f"it does not run on {DEVICE}"))
+        return
     # Up to Triton 3.6 it makes a loop's bound of an array of one element, as NumPy 2.4 refuses.
     if () < _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
         reason = "the interpreter of Triton before 3.7 needs NumPy below 2.4"
@@ -39,6 +47,25 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def kernels_device(request):
+    """Where the test is one of kernels and a device is named, what it draws lies there. Refusals
+    stay on the CPU, where values are read."""
+    refusal = request.node.originalname.startswith("test_bad")
+    if COMPILED and request.path.name in FILES and not refusal:
+        with on_device():
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def interpreted():
+    """Skip on a device what asks the interpreter."""
+    if COMPILED:
+        pytest.skip(f"what the interpreter counts is not to be had on {DEVICE}")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from device import DEVICE, DTYPES
 from tolerance import check_close, check_op
 
 from clipa_kernels import (
@@ -40,7 +41,6 @@ SHAPES = {
     "all empty": ([0, 0], 16, False),
     "no sequence": ([], 16, True),
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def inputs(lengths, size=16):
@@ -302,7 +302,7 @@ def test_autocast_and_checkpointing():
         qkv = linear(x).view(-1, 3, 2, 16)
         return varlen_attention_qkvpacked(qkv, cu_seqlens_of([4, 7]), 7, impl="triton")
 
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(torch.device(DEVICE).type, torch.float16):
         out = forward(x)
         again = torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False)
     assert out.dtype == torch.float16 and torch.equal(out, again)

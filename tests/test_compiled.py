@@ -324,7 +324,7 @@ import sys
 import test_compiled
 from bench.meters import calls, compiled
 names = sys.argv.pop(1).split(",")
-calls.calls = lambda: ((name, test_compiled.CALLS[name]) for name in names)
+calls.calls = lambda kinds: ((name, test_compiled.CALLS[name]) for name in names)
 raise SystemExit(compiled.main())
 """
 

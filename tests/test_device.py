@@ -1,5 +1,12 @@
-"""The way of a GPU without one, on fake CUDA tensors: kernels are chosen, and no value is read."""
+"""The way of a GPU without one, on fake CUDA tensors: kernels are chosen, and no value is read.
+Where there is one, the tests of kernels run on it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import device
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,3 +96,31 @@ def test_sizes_without_values():
     assert contrastive_loss(x, x, 1.0).shape == sigmoid_loss(x, x, 1.0).shape == ()
     assert all(y.shape == x.shape for y in add_layer_norm(x, x, rows, rows))
     assert patch_embed(images, None, weight, rows, x).tokens.shape == (8, 16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_kernels_are_right_on_this_gpu():
+    """The tests of kernels once more, compiled, in a process that is not under the interpreter."""
+    here = Path(__file__).parent
+    unwanted = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
+    env = {key: value for key, value in os.environ.items() if key not in unwanted}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "--tb", "short"]
+    run = subprocess.run(
+        [*command, *(here / name for name in device.FILES)],
+        cwd=here.parent, env=env | {"CLIPA_TEST_DEVICE": "cuda"}, check=False, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-8000:]
+
+
+def test_what_tests_draw_goes_to_the_device(monkeypatch):
+    """All but what names a device itself; leaves stay leaves."""
+    monkeypatch.setattr(device, "DEVICE", "meta")
+    assert all((Path(__file__).parent / name).is_file() for name in device.FILES)
+    generator = torch.Generator().manual_seed(0)
+    with device.on_device():
+        x = torch.randn(3, 2, generator=generator, requires_grad=True)
+        made = [x, torch.tensor([1]), torch.empty(2, device=None), torch.nn.Linear(2, 3).weight]
+        host = torch.zeros(2, device="cpu")
+    assert {tensor.device.type for tensor in made} == {"meta"} and host.device.type == "cpu"
+    assert x.is_leaf and x.requires_grad and not made[1].requires_grad

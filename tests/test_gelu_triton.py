@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DTYPES
 from tolerance import check_close, check_op
 
 from clipa_kernels import bias_gelu, bias_gelu_reference
@@ -27,7 +28,7 @@ def reference(form):
 
 
 @all_forms
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
 def test_matches_the_reference(form, dtype, shape, biased):

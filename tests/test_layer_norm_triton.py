@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DTYPES
 from tolerance import check_close, check_op
 
 from clipa_kernels import add_layer_norm, add_layer_norm_reference
@@ -26,7 +27,7 @@ def triton(**tensors):
     return add_layer_norm(**tensors, impl="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("first", [False, True], ids=["residual", "first"])
 def test_matches_the_reference(shape, dtype, first):

@@ -63,7 +63,7 @@ def test_the_operator_passes_opcheck():
 
 
 @masks
-def test_one_launch_that_only_writes(mask):
+def test_one_launch_that_only_writes(mask, interpreted):
     with counted() as count:
         keep = mask(3, (14, 14), seed=0, step=0, impl="triton")
     (launch,) = count.launches

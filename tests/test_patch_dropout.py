@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from device import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 import clipa_kernels
 from clipa_kernels import PatchDropout, PatchDropoutWithIndices, keep_count, random_patches
 
-X = torch.randn(8, 30, 2)
+X = torch.randn(8, 30, 2).to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ BAD = {
         TypeError,
         "got scalar float",
     ),
-    "low step": (lambda: PatchDropout(seed=1)(X, torch.tensor(-1)), ValueError, "got -1"),
+    "low step": (lambda: PatchDropout(seed=1)(X.cpu(), torch.tensor(-1)), ValueError, "got -1"),
 }
 
 

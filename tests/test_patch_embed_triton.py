@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from device import DEVICE, DTYPES
 from test_patch_embed import MEAN, STD, inputs, tokens
 from tolerance import check_op
 
 from clipa_kernels import patch_embed, patch_embed_reference
 
 kernels = pytest.importorskip("clipa_kernels.patch_embed.kernels")
+MEAN, STD = MEAN.to(DEVICE), STD.to(DEVICE)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of empty lanes
 
 
@@ -19,7 +21,7 @@ def check(tensors, dtype, **how):
     check_op(triton, reference, tensors, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kept", [0, 1, 5], ids=["all", "one", "five"])
 @pytest.mark.parametrize("prefix", [0, 1, 3], ids=["no-cls", "cls", "registers"])
 @pytest.mark.parametrize("raw", [True, False], ids=["uint8", "float"])

@@ -8,9 +8,10 @@ Tensors are fake, so sizes are those of a real run; see launches.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ from clipa_kernels import (
 )
 from clipa_kernels.contrastive.ops import contrastive_grads, contrastive_stats
 from models.clip import CLIP, configs
-from training.config import Config, Stage, preset
-from training.presets import PRESETS
+
+if TYPE_CHECKING:
+    from training.config import Config, Stage
 
 ARCHS = (80, 90, 100)
 BATCH = 256  # pairs of a process: a GPU's share of the papers' batches
@@ -41,15 +43,17 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 Call = tuple[str, Callable[[], None]]
 
 
-def recorded(*ops: str, archs: tuple[int, ...] = ARCHS) -> list[Launch]:
-    """The launches of all calls; where ops are named, of their kernels alone: "attention", and
-    "launch" for the kernel that several share.
+def recorded(
+    *ops: str, archs: tuple[int, ...] = ARCHS, kinds: Iterable[str] | None = None
+) -> list[Launch]:
+    """The launches of all calls, or of those kinds of them that are keys of CALLS; where ops are
+    named, of their kernels alone: "attention", and "launch" for the kernel that several share.
 
     Raises: ValueError for an op without a launch.
     """
     found: list[Launch] = []
     with recording(*archs) as launches:
-        for label, call in calls():
+        for label, call in calls(kinds):
             call()
             found += [replace(launch, call=label) for launch in launches]
             launches.clear()
@@ -60,8 +64,18 @@ def recorded(*ops: str, archs: tuple[int, ...] = ARCHS) -> list[Launch]:
     return [launch for launch in found if launch.room in ops] if ops else found
 
 
-def calls() -> Iterator[Call]:
+def calls(kinds: Iterable[str] | None = None) -> Iterator[Call]:
     """(what is called, in words; the call)."""
+    for kind in CALLS if kinds is None else kinds:
+        yield from CALLS[kind]()
+
+
+def preset_calls() -> Iterator[Call]:
+    """Steps of every preset, those alike once, and three in other dtypes. Their Config needs more
+    packages than torch."""
+    from training.config import preset
+    from training.presets import PRESETS
+
     seen = set()
     for name in PRESETS:
         config = preset(name)
@@ -75,11 +89,6 @@ def calls() -> Iterator[Call]:
         ("clipa-v2-h14", "full", FP32),
     ):  # fmt: skip
         yield f"{name} {stage} {NAMES[dtype]}", partial(step, preset(name), stage, dtype)
-    yield from attention_calls()
-    yield from stem_calls()
-    yield from glue_calls()
-    yield from loss_calls()
-    yield from masking_calls()
 
 
 def launched(stage: Stage) -> tuple:
@@ -245,3 +254,13 @@ def masking_calls(batch: int = 4096) -> Iterator[Call]:
     yield "grid of 1024", partial(grid_patches, batch, (32, 32), **key)
     yield "block of 1024", partial(block_patches, batch, (32, 32), 0.75, **key)
     yield "random of 16", partial(random_patches, batch, (4, 4), 0.5, **key)
+
+
+CALLS = {
+    "presets": preset_calls,
+    "attention": attention_calls,
+    "stem": stem_calls,
+    "glue": glue_calls,
+    "loss": loss_calls,
+    "masking": masking_calls,
+}

@@ -3,6 +3,7 @@
     python -m bench.compiled                 every launch of the calls in calls.py
     python -m bench.compiled attention       those of kernels in one file or folder
     python -m bench.compiled --jobs 8        by eight processes; rows in the same order
+    python -m bench.compiled --arch 90 --json    for sm_90 alone; a line of JSON a row
 
     regs        registers a thread, of 255
     spill st/ld bytes a thread stores to and loads from local memory for want of registers
@@ -24,6 +25,7 @@ not fit its GPU.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
@@ -254,21 +256,30 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> int:
     """Print the table of all launches, or of those of the ops named."""
-    from bench.meters.calls import recorded
+    from bench.meters.calls import CALLS, recorded
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("ops", nargs="*", help="folders of clipa_kernels; none: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHS), choices=list(ARCHS))
+    parser.add_argument("--json", action="store_true", help="a line of JSON a row")
+    parser.add_argument("--calls", nargs="*", choices=list(CALLS), help="whose launches; none: all")
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), help="which of how many")
     asked = parser.parse_args()
     if asked.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {asked.jobs}")
-    launches = distinct(recorded(*asked.ops))
-    width = max(len(launch.label) for launch in launches)
-    print(heading(width), flush=True)
+    launches = distinct(recorded(*asked.ops, archs=tuple(asked.arch), kinds=asked.calls))
+    launches = launches[asked.part[0] :: asked.part[1]]
+    width = max((len(launch.label) for launch in launches), default=6)
+    if not asked.json:
+        print(heading(width), flush=True)
     good = True
     for row in rows(launches, asked.jobs):
         fine = isinstance(row, Row)
-        print(line(row, width) if fine else row, flush=True)
+        if asked.json:
+            print(json.dumps(vars(row) if fine else dict(error=str(row))), flush=True)
+        else:
+            print(line(row, width) if fine else row, flush=True)
         good = good and fine and row.fits
     return int(not good)
 

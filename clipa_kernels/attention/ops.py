@@ -81,7 +81,9 @@ def _packed_gradient(ctx, dout: Tensor):
     return dqkv, None, None, None, None, None
 
 
-attention_packed = dispatch.forward(_packed, _attention_packed, _save_packed, _packed_gradient)
+attention_packed = dispatch.forward(
+    "clipa::varlen_attention_qkvpacked", _packed, _attention_packed, _save_packed, _packed_gradient
+)
 once_operator(_packed_backward, "varlen_attention")
 
 
@@ -141,5 +143,5 @@ def _gradient(ctx, dout: Tensor):
     return *_separate_gradients(dout, *ctx.saved_tensors, *rest), None, None, None, None
 
 
-attention = dispatch.forward(_separate, _attention, _save, _gradient)
+attention = dispatch.forward("clipa::varlen_attention", _separate, _attention, _save, _gradient)
 once_operator(_separate_backward, "varlen_attention")

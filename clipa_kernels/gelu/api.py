@@ -167,5 +167,5 @@ def _gradient(ctx, dy: Tensor):
     return dx, d_bias if wanted else None, None
 
 
-_bias_gelu = dispatch.forward(_operator, _forward, _save, _gradient)
+_bias_gelu = dispatch.forward("clipa::bias_gelu", _operator, _forward, _save, _gradient)
 check.once_operator(_backward_operator, "bias_gelu")

@@ -226,7 +226,7 @@ def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
     return dx, d_residual, d_weight if wanted else None, d_bias if wanted else None, None
 
 
-_add_layer_norm = dispatch.forward(_operator, _forward, _save, _gradient)
+_add_layer_norm = dispatch.forward("clipa::add_layer_norm", _operator, _forward, _save, _gradient)
 check.once_operator(_backward_operator, "add_layer_norm")
 
 

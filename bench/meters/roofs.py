@@ -117,11 +117,6 @@ def _backward_of_long(a: dict[str, Any]) -> tuple[float, ...]:
     return once + once
 
 
-def _merge(a: dict[str, Any]) -> tuple[float, ...]:
-    parts = [_cdiv(a[name], a["PARTS"]) for name in ("row_parts", "col_parts")]
-    return (_cdiv(a["M"], a["BLOCK"]), *parts) if a["loss_ptr"] is not None else tuple(parts)
-
-
 TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "attention_long_fwd": lambda a: (_cdiv(a["max_seqlen"], a["BLOCK_N"]),),
     "attention_long_bwd": _backward_of_long,
@@ -137,7 +132,10 @@ TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "contrastive_fwd": lambda a: (a["down"], a["across"], a["D"] / a["BLOCK_K"]),
     "contrastive_bwd": lambda a: (a["D"] / a["BLOCK_K"],),
     "last_product": lambda a: (a["height"] / a["BLOCK_K"],),
-    "contrastive_merge": _merge,
+    "contrastive_merge": lambda a: tuple(
+        _cdiv(a[parts], a["PARTS"]) for parts in ("row_parts", "col_parts")
+    ),
+    "contrastive_sum": lambda a: (_cdiv(a["parts"], a["BLOCK"]),),
     "choose_patches": lambda a: (42,) if a["MASK"] == "random" else (),
 }  # fmt: skip
 # Programs of these do one of two things; the few that do the second are left out.

@@ -37,6 +37,8 @@ from .kernels_tiles import (
 LOWEST = tl.constexpr(-3.0e38)  # below any logit, and a difference to it is still finite
 MOST_ACROSS = 4  # their column sums stay in registers: 8 spill on sm_80
 _PROGRAMS = 512  # about four an SM; what is above goes into larger blocks of tiles
+# Rows, and partial sums of them that are loaded at once: whole lines, in one wait where N is 32768.
+_MERGE = dict(BLOCK=64, PARTS=64)
 
 
 def block_for(tiles_m: int, tiles_n: int) -> tuple[int, int]:
@@ -228,42 +230,37 @@ def _finish_half(
 @triton.jit(do_not_specialize=[*PLACES, "row_parts", "col_parts"])
 def _contrastive_merge_kernel(
     row_lse_ptr, col_lse_ptr, scale_ptr,
-    rows_ptr, cols_ptr, loss_ptr, slope_ptr,
+    rows_ptr, cols_ptr, sums_ptr,
     M, N, row_parts, col_parts, begin, end,
     PAIRED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums to whole ones, in rows [3, M] and cols [2, N].
+    """Partial sums to whole ones, in rows [3, M] and cols [2, N], a block of each a program.
 
-    Where the loss is wanted (one program, M == N): rows (shift, divisor, gradient of the positive)
-    and cols (shift, divisor), without PAIRED no divisor, the loss and its scale gradient. Where
-    loss_ptr and slope_ptr are None, a program a block: rows (shift, sum, positive in bits, from
+    Where the loss is wanted (M == N): rows (shift, divisor, gradient of the positive) and cols
+    (shift, divisor), without PAIRED no divisor, and in sums [programs, 2] the block's share of the
+    loss and of its scale gradient. Where sums_ptr is None: rows (shift, sum, positive in bits, from
     begin to end) and cols (shift, sum).
     """
     scale = tl.load(scale_ptr) * LOG2E
-    if loss_ptr is not None:
-        acc = tl.zeros([BLOCK], dtype=tl.float32)
-        slopes = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, M, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            mask = offs < M
-            positive = tl.load(rows_ptr + 2 * M + offs, mask=mask, other=0.0)
-            by_row, row_slope, d_row = _finish_half(
-                row_lse_ptr, rows_ptr, positive, scale, offs, mask, M, row_parts,
-                PAIRED, BLOCK, PARTS,
-            )  # fmt: skip
-            by_col, col_slope, d_col = _finish_half(
-                col_lse_ptr, cols_ptr, positive, scale, offs, mask, N, col_parts,
-                PAIRED, BLOCK, PARTS,
-            )  # fmt: skip
-            tl.store(rows_ptr + 2 * M + offs, d_row + d_col, mask=mask)
-            acc += tl.where(mask, by_row + by_col, 0.0)
-            slopes += tl.where(mask, row_slope + col_slope, 0.0)
-        tl.store(loss_ptr, tl.sum(acc, 0) / (2.0 * M))
-        tl.store(slope_ptr, tl.sum(slopes, 0) / (2.0 * M))
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_m = offs < M
+    mask_n = offs < N
+    if sums_ptr is not None:
+        positive = tl.load(rows_ptr + 2 * M + offs, mask=mask_m, other=0.0)
+        by_row, row_slope, d_row = _finish_half(
+            row_lse_ptr, rows_ptr, positive, scale, offs, mask_m, M, row_parts,
+            PAIRED, BLOCK, PARTS,
+        )  # fmt: skip
+        by_col, col_slope, d_col = _finish_half(
+            col_lse_ptr, cols_ptr, positive, scale, offs, mask_n, N, col_parts,
+            PAIRED, BLOCK, PARTS,
+        )  # fmt: skip
+        tl.store(rows_ptr + 2 * M + offs, d_row + d_col, mask=mask_m)
+        loss = tl.sum(tl.where(mask_m, by_row + by_col, 0.0), 0)
+        slope = tl.sum(tl.where(mask_m, row_slope + col_slope, 0.0), 0)
+        tl.store(sums_ptr + 2 * tl.program_id(0), loss / (2.0 * M))
+        tl.store(sums_ptr + 2 * tl.program_id(0) + 1, slope / (2.0 * M))
     else:
-        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask_m = offs < M
-        mask_n = offs < N
         high, total, _ = _merged(row_lse_ptr, offs, mask_m, M, row_parts, PAIRED, BLOCK, PARTS)
         tl.store(rows_ptr + offs, high, mask=mask_m)
         tl.store(rows_ptr + M + offs, total, mask=mask_m)
@@ -275,6 +272,25 @@ def _contrastive_merge_kernel(
         tl.store(cols_ptr + N + offs, total, mask=mask_n)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def _contrastive_sum_kernel(
+    sums_ptr,
+    loss_ptr, slope_ptr,
+    parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss and slope from the shares of the merge's programs, [parts, 2]: one program, in order."""
+    offs = tl.arange(0, BLOCK)
+    loss = tl.zeros([BLOCK], dtype=tl.float32)
+    slope = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in range(0, parts, BLOCK):
+        mask = offs < parts - part
+        loss += tl.load(sums_ptr + 2 * (part + offs), mask=mask, other=0.0)
+        slope += tl.load(sums_ptr + 2 * (part + offs) + 1, mask=mask, other=0.0)
+    tl.store(loss_ptr, tl.sum(loss, 0))
+    tl.store(slope_ptr, tl.sum(slope, 0))
+
+
 @launcher
 def softmax_forward(
     image: Tensor, text: Tensor, scale: Tensor
@@ -283,8 +299,16 @@ def softmax_forward(
     the loss's gradient for the scale."""
     pairs = (0, 0, image.shape[0])
     rows, cols, *partial = _tile_stats(image, text, scale, pairs)
+    sums = scale.new_empty(cdiv(len(image), _MERGE["BLOCK"]), 2)
+    _merge_launch(partial, scale, rows, cols, pairs, sums)
     loss, slope = torch.empty_like(scale), torch.empty_like(scale)
-    _merge_launch(partial, scale, rows, cols, pairs, (loss, slope))
+    _contrastive_sum_kernel[(1,)](
+        sums,
+        loss, slope,
+        len(sums),
+        BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip
     return loss, rows, cols, slope
 
 
@@ -324,17 +348,15 @@ def _tile_stats(
     return rows, cols, row_lse, col_lse
 
 
-def _merge_launch(partial, scale, rows, cols, pairs, sums: tuple[Tensor, Tensor] | None) -> None:
-    """Fills rows and cols from the partial sums of _tile_stats; sums: loss and slope, if wanted."""
+def _merge_launch(partial, scale, rows, cols, pairs, sums: Tensor | None) -> None:
+    """Fills rows and cols from the partial sums of _tile_stats; sums [programs, 2]: shares of the
+    loss and its slope, if wanted."""
     row_lse, col_lse = partial
     (planes, row_parts, m), (_, col_parts, n) = row_lse.shape, col_lse.shape
-    # One program for the loss: its sum is final, at a launch less than a second level.
-    block, parts, warps = (512, 8, 16) if sums else (128, 8, 4)
-    grid = 1 if sums else cdiv(max(m, n), block)
-    _contrastive_merge_kernel[(grid,)](
+    _contrastive_merge_kernel[(cdiv(max(m, n), _MERGE["BLOCK"]),)](
         row_lse, col_lse, scale,
-        rows, cols, *(sums or (None, None)),
+        rows, cols, sums,
         m, n, row_parts, col_parts, *pairs[1:],
-        PAIRED=planes == 3, BLOCK=block, PARTS=parts,
-        num_warps=warps,
+        PAIRED=planes == 3, **_MERGE,
+        num_warps=4,
     )  # fmt: skip

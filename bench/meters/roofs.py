@@ -141,7 +141,7 @@ TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
 # Programs of these do one of two things; the few that do the second are left out.
 TWO_PARTS = {"patch_embed_fwd", "patch_embed_bwd_weight"}
 # Instructions of the branch that only tiles on the diagonal take.
-DIAGONAL = {"contrastive_fwd": range(60, 141)}
+DIAGONAL = {"contrastive_fwd": range(60, 700)}
 # What an iteration has one of, where ptxas unrolls the loop.
 UNROLLED = {"choose_patches": "REDUX"}
 
@@ -219,14 +219,20 @@ def least_bytes(launch: Launch) -> float:
 
 
 def _loops(code: list[Instruction], two_parts: bool) -> list[tuple[int, int]]:
-    """(first, last) instruction of each loop: backward branches, but for the one that ends all."""
+    """(first, last) instruction of each loop: backward branches, but for the one that ends all, and
+    for returns from code that lies behind a loop: they begin in it and end outside."""
     places = {one.address: place for place, one in enumerate(code)}
     end = _end(code) if two_parts else len(code)
-    return sorted(
+    loops = sorted(
         (places[one.target()], place)
         for place, one in enumerate(code[:end])
         if one.target() in places and places[one.target()] < place
     )
+    return [
+        (first, last)
+        for first, last in loops
+        if not any(other < first <= to < last for other, to in loops)
+    ]
 
 
 def _end(code: list[Instruction]) -> int:

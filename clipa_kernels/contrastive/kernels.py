@@ -1,9 +1,10 @@
 """Tiles of logits on a GPU: the statistics of a softmax, and the gradient of a strip of logits.
 
-    forward    each 128 x 128 tile of S once; from it a log-sum-exp and a mean cosine for each row
-               and each column, each with its own maximum. A program walks a block of tiles and
-               merges what it can in registers; one more launch merges the rest, N^2 / 32 to
-               N^2 / 200 floats in all, into loss, divisors and, from the means, the scale's slope.
+    forward    each tile of S once; from it (maximum, sum, sum times cosine) for each row and each
+               column, each with its own maximum. What one thread holds of a row, and one warp of a
+               column, is summed alone: no barrier. A program walks a block of tiles; a grid merges
+               what is left, about 12 floats a row and program, into divisors and shares of the loss
+               and of its slope for the scale, and one program more adds the shares.
     backward   the tile again, and G, its gradient, of a strip of rows in the features' dtype; two
                products with fp32 accumulation turn a strip into dX and dY: the library's, but for
                the last dY of several in 16 bits, see kernels_grads.py.
@@ -52,8 +53,8 @@ def block_for(tiles_m: int, tiles_n: int, row_groups: int) -> tuple[int, int]:
 
 @triton.jit
 def _row_sums(s, cosine, COL_GROUPS: tl.constexpr):
-    """(maximum, sum of e = 2^(s - maximum), sum of e * cosine) of each row in each group of
-    columns, [rows, groups]: what a thread holds, so that none waits for another; -inf is nothing."""
+    """(maximum, sum of e = 2^(s - maximum), sum of e * cosine) of each row in each group of its
+    columns, [rows, groups]: what a thread holds, so none waits for another. -inf is nothing."""
     SHAPE: tl.constexpr = (s.shape[0], s.shape[1] // (2 * COL_GROUPS), COL_GROUPS, 2)
     s, cosine = tl.reshape(s, SHAPE), tl.reshape(cosine, SHAPE)
     high = tl.maximum(tl.max(tl.max(s, 3), 1), LOWEST)
@@ -98,7 +99,7 @@ def _merge_groups(high, total, moment, AXIS: tl.constexpr):
 
 @triton.jit
 def _merge(high, total, moment, other_high, other_total, other_moment):
-    """Two of what _sums makes as one."""
+    """Two of what _row_sums makes as one."""
     top = tl.maximum(high, other_high)
     # No exponent is above 0, so nothing overflows.
     own, other = tl.exp2(high - top), tl.exp2(other_high - top)
@@ -159,12 +160,13 @@ def _contrastive_fwd_kernel(
     M, N, D, first, begin, end, down, across,
     stride_xm, stride_yn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, ROW_GROUPS: tl.constexpr, COL_GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, ROW_GROUPS: tl.constexpr, COL_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the negatives of a block of down x across tiles.
 
-    row_sums [3, blocks across, M], col_sums [3, blocks down, N]: (maximum, sum, moment), in bits;
-    positive [M], a cosine.
+    row_sums [3, blocks across, M], col_sums [3, blocks down x ROW_GROUPS, N]: (maximum, sum,
+    moment), in bits; positive [M], a cosine.
     """
     # Down first: programs that run together share their columns, which stay in the L2 cache.
     blocks_m = tl.cdiv(tl.cdiv(M, BLOCK_M), down)
@@ -186,7 +188,8 @@ def _contrastive_fwd_kernel(
         row_moment = tl.zeros([BLOCK_M, COL_GROUPS], dtype=tl.float32)
         for j in range(tl.minimum(across, tiles_left)):
             start_n = (block_n * across + j) * BLOCK_N
-            # [BLOCK_M, BLOCK_N]
+            # [BLOCK_M, BLOCK_N]. Rows beyond the last are others again: of tl.minimum the products
+            # with strides are hoisted out of the loop, and spill.
             cosine = products(
                 x_ptr, y_ptr, offs_m % M, (start_n + tl.arange(0, BLOCK_N)) % N, D,
                 stride_xm, stride_yn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
@@ -196,12 +199,16 @@ def _contrastive_fwd_kernel(
             for part in tl.static_range(BLOCK_N // WIDTH):
                 row_high, row_sum, row_moment, high, total, moment = _part_stats(
                     parts[part], scale, row_high, row_sum, row_moment,
-                    positive_ptr, start_m, start_n + part * WIDTH, M, N, first, begin, end, ROW_GROUPS, COL_GROUPS,
+                    positive_ptr, start_m, start_n + part * WIDTH, M, N, first, begin, end,
+                    ROW_GROUPS, COL_GROUPS,
                 )  # fmt: skip
-                highs, totals, moments = highs + (high,), totals + (total,), moments + (moment,)
+                highs += (high,)
+                totals += (total,)
+                moments += (moment,)
             offs_n = tl.arange(0, BLOCK_N)
             mask_n = tl.broadcast_to((offs_n < N - start_n)[None, :], (ROW_GROUPS, BLOCK_N))
-            # [ROW_GROUPS, BLOCK_N]
+            # [ROW_GROUPS, BLOCK_N]: kept in memory from one row of tiles to the next, as registers
+            # take no index. Only this program has them, and its products wait in between.
             col_ptrs = col_ptr + start_n + (tl.arange(0, ROW_GROUPS)[:, None] * N + offs_n[None, :])
             col_high, col_sum, col_moment = _load_sums(col_ptrs, col_plane, mask_n & (i > 0))
             high, total, moment = _merge(
@@ -264,9 +271,9 @@ def _contrastive_merge_kernel(
     """Partial sums to whole ones, in rows [3, M] and cols [2, N], a block of each a program.
 
     Where the loss is wanted (M == N): rows (shift, divisor, gradient of the positive) and cols
-    (shift, divisor), without PAIRED no divisor, and in shares [programs, 2] the block's share of the
-    loss and of its scale gradient. Where shares_ptr is None: rows (shift, sum, positive in bits, from
-    begin to end) and cols (shift, sum).
+    (shift, divisor), without PAIRED no divisor, and in shares [programs, 2] the block's share of
+    the loss and of its scale gradient. Where shares_ptr is None: rows (shift, sum, positive in
+    bits, from begin to end) and cols (shift, sum).
     """
     scale = tl.load(scale_ptr) * LOG2E
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -60,7 +60,7 @@ def forward_config(width: int, itemsize: int, arch: int) -> ForwardConfig:
     """The tile of the forward, which holds the sums of its columns besides."""
     if itemsize == 2 and width % 16 == 0:
         if arch < 90:
-            return ForwardConfig(128, 128, 64, 8, 3, 32, 2, 16)  # 256 rows spill
+            return ForwardConfig(128, 128, 64, 8, 3, 64, 2, 16)  # 256 rows spill
         if arch >= 100:
             return ForwardConfig(128, 128, 32, 8, 3, 64, 8, 1)  # slices of 64 spill
         # 3/4 of the bytes that 128 rows ask of L2, which binds; parts of 32 columns spill.

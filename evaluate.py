@@ -48,6 +48,7 @@ class Flags:
     workers: int = 0  # processes that decode, beside each that encodes; 0: a thread
     device: str = "auto"  # auto: cuda where there is one, else cpu
     batch_size: int = 256  # images or captions at a time
+    cache_gb: float = 100.0  # of remote shards that the machine keeps at most, in its cache folder
     json: bool = False  # print JSON instead of a table
 
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     with sentences("evaluate.py"):
         check_range("batch_size", flags.batch_size, "batch_size")
         check_range("data.workers", flags.workers, "workers")
+        check_range("data.cache_gb", flags.cache_gb, "cache_gb")
         own_prompts, classes = prompts_in(flags.prompts), classes_in(flags.classes)
         check_sets(flags.images, classes=flags.classes)
         _ = file_names(flags.shards) if flags.shards else None
@@ -69,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         config = from_json(state["config"])
         config = replace(config, run=replace(config.run, impl="auto"))
         captions = config.caption_keys.for_retrieval()
-        shards = dict(shards=flags.shards, captions=captions, classes=flags.classes)
-        world.together(lambda: check_sets(**shards))
+        shards = (flags.shards, captions, flags.classes, flags.cache_gb)
+        world.together(lambda: check_sets("", *shards))
         tokenizer = Tokenizer.from_json(state["tokenizer"])
         model = build_model(config, state["stage"], tokenizer.vocab_size)
         load_weights(model, weights(state))
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         pairs = None if asked else load_emoji()
         prompts = prompts_of(config.data.captions)
         sets = (flags.images, flags.shards, captions, own_prompts)
-        how = dict(classes=classes, workers=flags.workers)
+        how = dict(classes=classes, workers=flags.workers, cache_gb=flags.cache_gb)
         how["loss_batch"] = config.stages[state["stage"]].batch_size
         if not flags.json:
             how["say"] = world.print

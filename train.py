@@ -177,8 +177,8 @@ def run_stage(
     stream = fed(batches, world.device)
     bar = report.ProgressBar(sizes.steps, start=done, name=stage, enabled=world.is_main)
     meter, tally = report.Meter(), Tally()
-    steps = window_of(config.run.profile if world.is_main else "")
-    tracer = Tracer(steps, Path(config.run.output) / f"trace-{stage}.json")
+    window, path = window_of(config.run.profile), Path(config.run.output) / f"trace-{stage}.json"
+    tracer = Tracer(window, path, writes=world.is_main, rest=run.alarm.rest)
     model.train()
     while done < sizes.steps:
         tracer(done)
@@ -186,12 +186,13 @@ def run_stage(
             batch = next(stream)
         values = train_step(wrapped, optimizer, batch, done, config, stage, world, run.guard)
         done += 1
+        run.alarm.set(done)
         meter.add(sizes.batch_size, round(values["tokens"] * world.size))
         tally.add(batch)
         shown = {}
         if done % config.run.log_every == 0 or done == sizes.steps:
             row = log_step(run, stage, done, values, meter, batch, model, tally)
-            for words in remarks(run, stage, done, row, tally):
+            for words in remarks(run, stage, done, row, tally, model):
                 bar.message(words)
             tally, shown = Tally(), {name: row[name] for name in _SHOWN}
         bar.update(done, **shown)
@@ -218,12 +219,13 @@ def start(config: Config, world: World, stop: StopSignal) -> tuple[Run, dict | N
     """Check and open all that the run needs before its first step; the state to resume from."""
     world.require_same(identity(config))
     sets = (config.run.eval_images, config.run.eval_shards, config.caption_keys.for_retrieval())
-    world.together(lambda: check_sets(*sets, config.run.eval_classes))
+    world.together(lambda: check_sets(*sets, config.run.eval_classes, config.data.cache_gb))
     check_impl(config.run.impl, world.device)
     if config.data.source != "emoji":
         count_samples(config.data.source, world, config.data.cache_gb)
         if config.caption_keys != USUAL:
-            world.decide(lambda: check_captions(config.data.source, config.caption_keys))
+            captions = dict(captions=config.caption_keys, cache_gb=config.data.cache_gb)
+            world.decide(lambda: check_captions(config.data.source, **captions))
     config, recompute = fitted(config, world)
     saved = checkpoint.find(config, world, partial(check_resumes, config=config))
     pairs, tokenizer = open_data(config, saved, world)

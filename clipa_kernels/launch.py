@@ -23,7 +23,7 @@ def cdiv(a: int, b: int) -> int:
 def runs_on(device: torch.device) -> bool:
     """Whether kernels launch on tensors of a device: CUDA's, any under Triton's interpreter, or
     those of the active Triton driver."""
-    if triton.knobs.runtime.interpret:
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
         return True
     try:
         return triton.runtime.driver.active.get_active_torch_device().type == device.type
@@ -59,10 +59,12 @@ def launcher(function: _Launcher) -> _Launcher:
 
     @wraps(function)
     def on_device(*args, **kwargs):
-        place = next(arg for arg in args if isinstance(arg, (Tensor, torch.device)))
+        for place in args:
+            if isinstance(place, (Tensor, torch.device)):
+                break
         device = place.device if isinstance(place, Tensor) else place
-        # The interpreter, and drivers that take CPU tensors.
-        if device.type != "cuda":
+        # The interpreter, drivers that take CPU tensors; or nothing to enter, which takes its time.
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(*args, **kwargs)
         with torch.cuda.device(device):
             return function(*args, **kwargs)

@@ -79,6 +79,7 @@ class ShardPictures(Dataset):
         squash, interpolation: as `decode_square`.
         captions: those for retrieval.
         named, labelled: whether `Told.names` and `Told.label` are asked for.
+        cache_gb: of remote shards that the machine keeps at most.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class ShardPictures(Dataset):
         captions: Captions = USUAL,
         named: bool = False,
         labelled: bool = False,
+        cache_gb: float = 100.0,
     ) -> None:
         self.names, self.batch_size = file_names(pattern), batch_size
-        self.size, self.shelf = size, Shelf()
+        self.size, self.shelf = size, Shelf(None, cache_gb)
         held, read = _reading(captions, named, labelled)
         self.how = dict(captions=held, read=read, squash=squash, interpolation=interpolation)
         self.rows: Sequence[np.ndarray] = []
@@ -143,7 +145,9 @@ def _reading(captions: Captions, named: bool, labelled: bool) -> tuple[Captions,
     return held, partial(_told_by, captions=captions, named=named, labelled=labelled)
 
 
-def check_samples(pattern: Pattern, captions: Captions, classes: int = 0) -> None:
+def check_samples(
+    pattern: Pattern, captions: Captions, classes: int = 0, cache_gb: float = 100.0
+) -> None:
     """ValueError unless one of the first samples can be read, and each .cls is a class's number.
 
     Args:
@@ -152,12 +156,13 @@ def check_samples(pattern: Pattern, captions: Captions, classes: int = 0) -> Non
     held, read = _reading(captions, False, bool(classes))
     seen = (
         read_rows([row], 8, captions=held, read=read)
-        for row in _first_rows(pattern, 10_000, held.kinds)
+        for row in _first_rows(pattern, 10_000, held.kinds, cache_gb)
     )
     if not any(len(one.images) for one in seen):
         raise ValueError(f"evaluate: shards must hold pairs that can be read, got {pattern!r}")
     if classes:
-        looked = (_told(*row, read, held) for row in _first_rows(pattern, _LOOKED, held.kinds))
+        rows = _first_rows(pattern, _LOOKED, held.kinds, cache_gb)
+        looked = (_told(*row, read, held) for row in rows)
         check_labels(pattern, (told.label for told in chain.from_iterable(looked)), classes)
 
 

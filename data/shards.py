@@ -391,11 +391,13 @@ def first_captions(
     return found
 
 
-def check_captions(pattern: str, captions: Captions, count: int = 1000) -> None:
+def check_captions(
+    pattern: str, captions: Captions, count: int = 1000, cache_gb: float = 100.0
+) -> None:
     """ValueError unless each caption key is in one of a source's first samples."""
     missing, there = dict.fromkeys(captions.keys), set()
     for source in sources_of(pattern):
-        for file, _, row in _first_rows(source, count, captions.kinds):
+        for file, _, row in _first_rows(source, count, captions.kinds, cache_gb):
             files = Files(file, row, captions.kinds)
             with contextlib.suppress(ValueError, OSError):  # a broken sample's own fault
                 there |= files.keys

@@ -287,6 +287,7 @@ def current_devices() -> dict[str, list[int]]:
 
     # Two GPUs: one of them is current, and memory has addresses.
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = exchange
+    torch.cuda.current_device = lambda: current[0]
     FakeTensor.data_ptr = lambda _: 0
     driver = idle_driver(Counter())
     driver.get_current_device = lambda: seen.append(current[0]) or current[0]

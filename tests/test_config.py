@@ -256,6 +256,12 @@ def test_validate_names_what_must_hold(good, field):
         validate(changed(good, **{spelled(field): value}))
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_output_has_a_name(good, name):
+    with pytest.raises(ValueError, match=f"run.output must be the name of a folder, got '{name}'"):
+        validate(changed(good, run__output=name))
+
+
 NUMBERS = [
     name
     for name, value in flat(Config()).items()
@@ -449,6 +455,7 @@ def _member(rank: int, port: int) -> None:
     except (OSError, SystemExit) as error:  # told once, and all end
         told = "No such file" in str(error)
         assert told == (rank == 0) and isinstance(error, OSError) == told
+        assert told or str(error) == "rank 1 ends: another process met an error, and tells it"
     else:
         raise AssertionError("all must end")
     world.require_same({"lr": 0.1, "code": "abc"})

@@ -1,13 +1,15 @@
 """A run that is killed goes on with any number of processes, with the same losses."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from test_ranks import member, port
-from test_train import flags
+from test_train import finish, flags, start
 
 from training import checkpoint
 
@@ -72,6 +74,27 @@ def test_four_then_two_then_three_then_one(tmp_path):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+def test_torchrun_starts_a_run_again_that_lost_a_process(tmp_path):
+    """Both at the first try, though torchrun's store still has addresses of the dead."""
+    finished(launched(tmp_path / "whole", 1))
+    out = tmp_path / "cut" / "out"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
+    process = start(out, *launcher, "--master-port", str(port()), **STEPS, **BATCH, **SAVES)
+    for rows in (7, 28):
+        deadline = time.monotonic() + 150
+        while len(logged(out.parent)) < rows:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        holder = (out / ".lock").read_text().split()[1]  # rank 0
+        os.kill(int(holder), signal.SIGKILL)
+    said = finish(process)
+    assert said.count("resumed at step") == 2 and "must answer each other, got" in said
+    whole, cut = logged(tmp_path / "whole"), logged(out.parent)
+    assert cut.keys() == whole.keys()
+    for place, loss in whole.items():
+        assert cut[place] == pytest.approx(loss, rel=2e-5), place
 
 
 @pytest.mark.parametrize("kind", ["none", "full"])

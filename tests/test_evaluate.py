@@ -150,6 +150,12 @@ class Colours:
         return torch.ones(len(names), 32)
 
 
+class Whole(Colours):
+    """One that says nothing of batches."""
+
+    batch_size = property()  # raises AttributeError
+
+
 def thing(number):
     return png((10 * number, 0, 0))
 
@@ -181,10 +187,11 @@ def write_tar(path, members):
     return str(path)
 
 
+@pytest.mark.parametrize("kind", [Colours, Whole])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_several_captions_a_picture(tmp_path, shape):
+def test_several_captions_a_picture(tmp_path, shape, kind):
     members = [m for i, texts in enumerate(CAPTIONS) for m in SHAPES[shape](i, texts)]
-    encoder = Colours()
+    encoder = kind()
     figures = evaluate_shards(encoder, write_tar(tmp_path / "0.tar", members))
     assert [figures[key] for key in figures if "_to_" in key] == [1.0] * 4
     assert (figures["n"], figures["chance"], figures["skipped"]) == (6, 1 / 6, 0)

@@ -22,7 +22,7 @@ LIBRARY_NEEDS = {"torch"}
 # Imported where asked for by name, never needed.
 OPTIONAL = {"attention/rivals.py": {"flash_attn", "xformers"}}
 # What operations share, and what each of these may import of the library.
-SHARED = {"check": {"launch"}, "packing": {"check"}, "launch": set()}
+SHARED = {"check": {"launch"}, "packing": {"check"}, "launch": set(), "dispatch": set()}
 OPS = {folder.parent.name for folder in LIBRARY.glob("*/__init__.py")}
 
 

@@ -1,16 +1,21 @@
 """Processes of a run that differ, die or stop: a sentence on every one of them, and no hang."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_shards import numbers, shards  # noqa: F401 (fixtures)
 from test_train import flags
+
+from training.distributed import Alarm, World
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"run__timeout": 20, "stages__short__steps": 4, "stages__full__steps": 1}
@@ -42,6 +47,7 @@ def end(processes: list[subprocess.Popen]) -> list[str]:
     for process in processes:
         out, _ = process.communicate(timeout=120)
         assert process.returncode != 0 and "Traceback" not in out, out
+        assert re.search(r"^(train\.py: .+ got .+|rank \d ends: )", out, re.M), out
         said.append(out)
     return said
 
@@ -113,10 +119,24 @@ def test_a_port_in_use(tmp_path):
     assert "2 processes must meet, got" in out and "in use" in out
 
 
+def test_a_stranger_at_the_port_who_never_answers(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        at, how = taken.getsockname()[1], words(run__timeout=5)
+        said = end([member(rank, 2, at, how, tmp_path / f"n{rank}") for rank in (0, 1)])
+    assert all("2 processes must meet, got" in out for out in said)
+
+
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 def test_a_rank_that_stops_in_mid_run(tmp_path, name):
-    at, how = port(), words(stages__short__steps=100_000, run__timeout=5, run__save_every=1000)
-    ranks = [member(rank, 2, at, how, tmp_path / f"n{rank}") for rank in (0, 1)]
+    """Missed in the time of a step; a rank that comes later than that is waited for."""
+    short = 4
+    waits = dict(run__timeout=100, run__step_timeout=short, run__save_every=10**6)
+    at, how = port(), words(stages__short__steps=100_000, **waits)
+    ranks = [member(0, 2, at, how, tmp_path / "n0")]
+    time.sleep(short + 2)
+    ranks.append(member(1, 2, at, how, tmp_path / "n1"))
     log = tmp_path / "n0" / "out" / "log.jsonl"
     deadline = time.monotonic() + 90
     while not (log.exists() and log.read_text().count("\n") > 3):
@@ -130,4 +150,44 @@ def test_a_rank_that_stops_in_mid_run(tmp_path, name):
         ranks[1].kill()
         ranks[1].communicate()
     assert "train.py: processes must answer each other, got" in out
-    assert time.monotonic() - stopped < 40
+    assert name == "SIGKILL" or "in 4 s (--run.step-timeout)" in out
+    assert time.monotonic() - stopped < short + 15
+
+
+def test_a_rank_that_stops_in_an_evaluation(tmp_path):
+    """Which has the time-out of a start; the exchange after it fails otherwise."""
+    at, how = port(), words(run__timeout=5, run__save_every=10**6)
+    ranks = [member(rank, 2, at, how, tmp_path / f"n{rank}") for rank in (0, 1)]
+    saved, deadline = tmp_path / "n0" / "out" / "1-short-00000004.pt", time.monotonic() + 90
+    while not saved.exists():
+        assert time.monotonic() < deadline and ranks[0].poll() is None
+        time.sleep(0.005)
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        (out,) = end(ranks[:1])
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert "train.py: processes must answer each other, got" in out
+
+
+def test_an_alarm_is_set_between_steps_alone(monkeypatch, capsys):
+    """Not before the first, nor at a rest, nor as processes meet after one."""
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    world = World(0, 0, 2, torch.device("cpu"))
+    monkeypatch.setattr(World, "any", lambda self, flag: time.sleep(1.2))
+    alarm = Alarm(world, 0.8)
+    time.sleep(1.2)
+    alarm.set(1)
+    for done in range(2, 6):
+        time.sleep(0.3)
+        alarm.set(done)
+    alarm.rest()
+    time.sleep(1.2)
+    alarm.set(6)
+    alarm.set(7)
+    assert not ended.is_set()
+    assert ended.wait(20)
+    said = ": processes must answer each other, got no end of the step after 7 in 0.8 s"
+    assert said in capsys.readouterr().err

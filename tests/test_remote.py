@@ -315,7 +315,7 @@ def test_a_cache_that_is_too_small(web, numbers, tmp_path):
     sentence = r"^shards: --data.cache-gb must hold the 2 shards that are read at a time, \S+ bytes"
     with pytest.raises(ValueError, match=sentence):
         loader[0]
-    one = Shelf(None, 0.5 * size / 1e9)
+    one = Shelf(tmp_path / "other", 0.5 * size / 1e9)  # where the loader has put none
     with pytest.raises(ValueError, match="must hold the 1 shards that are read at a time"):
         one.path(f"{web.url}/00.tar")
 

@@ -20,8 +20,8 @@ TWO = {"stages__short__steps": 4, "stages__full__steps": 3, "run__log_every": 2}
 class Writer:
     """TensorBoard's, as far as it is used."""
 
-    def __init__(self, folder):
-        self.folder, self.rows = folder, []
+    def __init__(self, folder, purge_step):
+        self.folder, self.first, self.rows = folder, purge_step, []
         Writer.last = self
 
     def add_scalar(self, name, value, step):
@@ -41,7 +41,7 @@ def test_a_run_shows_its_numbers_on_tensorboard(tmp_path, monkeypatch):
     # Steps count on over the stages.
     steps = [row["step"] + (4 if row["stage"] == "full" else 0) for row in rows]
     assert losses == list(zip(steps, [row["loss"] for row in rows], strict=True))
-    assert steps == [2, 4, 6, 7]
+    assert steps == [2, 4, 6, 7] and Writer.last.first == 2
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
@@ -84,6 +84,10 @@ def test_advice():
     assert "data waits 50%" in waits and "data.shrink" in waits and "none decode now" in waits
     assert advice(fine | {"data_wait": 0.5}, None, False, 0) == ""  # the embedded set has none
     assert "accumulate" in advice(fine | {"peak_memory_bytes": 95}, 100, True, 2)
+    assert advice(fine, None, True, 2, exchange=0.4, step=1.0) == ""
+    slow = advice(fine, None, True, 2, exchange=0.6, step=1.0)
+    assert "would take 0.6 of a step's 1 s" in slow and "--run.wire bf16" in slow
+    assert "--run.wire" not in advice(fine, None, True, 2, exchange=0.6, step=1.0, wire="bf16")
 
 
 def test_the_launcher_for_slurm(tmp_path):

@@ -125,7 +125,7 @@ def count_samples(pattern: str, world: World, cache_gb: float = 100.0) -> None:
                 wrong = error
                 break
         if world.any(wrong is not None):
-            raise wrong or SystemExit(1)  # told by the process that met it
+            raise wrong or world.left()
         counted += zip(part, world.sum(sizes).tolist(), strict=True)
         bar.update(len(part))
     bar.close()

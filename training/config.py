@@ -135,6 +135,7 @@ class RunPart:
     fit: str = ""  # memory of a process, "80GB": chooses recompute, and each stage's accumulate
     threads: int = 0  # CPU threads of torch; 0: as torch decides
     timeout: float = 600.0  # seconds that a process waits for the others before it ends
+    step_timeout: float = 180.0  # the same within a step, but the first after a start or a pause
     save_every: int = 500  # steps between checkpoints
     save_minutes: float = 0.0  # minutes between checkpoints too; 0: steps alone
     keep_every: int = 0  # steps between checkpoints that stay for good; 0: none does
@@ -340,6 +341,7 @@ _RANGES = {
     "run.threads": "[0, 512]",
     "run.seed": "[0, 9223372036854775807]",
     "run.timeout": "[1, 1e6]",
+    "run.step_timeout": "[1, 1e6]",
     "run.save_every": "[1, 1e18]",
     "run.save_minutes": "[0, 1e6]",
     "run.keep_every": "[0, 1e18]",
@@ -465,6 +467,7 @@ def _check_files(config: Config) -> None:
         _require(Path(tokenizer).is_file(), "data.tokenizer", must, repr(tokenizer))
     if init := config.model.init:
         _require(Path(init).exists(), "model.init", "be a file or folder of weights", repr(init))
+    _require(bool(run.output.strip()), "run.output", "be the name of a folder", repr(run.output))
     _ = prompts_in(run.eval_prompts), classes_in(run.eval_classes)
     try:
         Path(run.output).mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,14 @@
 
 import os
 import re
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from clipa_kernels.check import choose_impl
@@ -90,10 +96,14 @@ class World:
             dist.broadcast_object_list(box, device=torch.device("cpu"))  # by gloo
             made, good = box[0]
             if not good and not self.is_main:
-                raise SystemExit(1)
+                raise self.left()
         if error is not None:
             raise error
         return made
+
+    def left(self) -> SystemExit:
+        """What a process raises as another met an error, which that one tells."""
+        return SystemExit(f"rank {self.rank} ends: another process met an error, and tells it")
 
     def together(self, make: Callable[[], T]) -> T:
         """What this process makes; where any raises ValueError, OSError, RuntimeError, all end."""
@@ -103,7 +113,7 @@ class World:
         except (ValueError, OSError, RuntimeError, SystemExit) as caught:
             error = caught  # SystemExit: another process's error, already told
         if self.any(error is not None):
-            raise error or SystemExit(1)  # told by the process that met it
+            raise error or self.left()
         return made
 
     def share(self, count: int, make: Callable[[int], T]) -> list[T]:
@@ -124,7 +134,7 @@ class World:
             shares: list = [None] * self.size
             dist.all_gather_object(shares, (count, own, error is None))
             if error is None and not all(good for _, _, good in shares):
-                raise SystemExit(1)  # told by the process that met it
+                raise self.left()
         if error is not None:
             raise error
         if self.size == 1:
@@ -160,6 +170,52 @@ class World:
             dist.destroy_process_group()
 
 
+class Alarm:
+    """Ends a process whose steps no longer end, while several train: another is lost or stopped.
+
+    A call of a process group cannot be interrupted from Python, torch 2.8 changes no time-out of
+    gloo, and NCCL's ends without a sentence; so a thread says one and ends the process. It counts
+    its own wakings, not the clock: a job that was suspended as a whole goes on.
+
+    Args:
+        world: one process alone has no alarm.
+        seconds: that a step may take, once set.
+    """
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self._world, self._seconds = world, seconds
+        self._done: int | None = None  # steps; None: at rest
+        if world.size > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def set(self, done: int) -> None:
+        """After a step: the next one must end in time. After a rest all processes meet first."""
+        if self._done is None:
+            self._world.any(False)
+        self._done = done
+
+    def rest(self) -> None:
+        """Processes may wait long for each other again: at a save, an evaluation, a start."""
+        self._done = None
+
+    def _watch(self) -> None:
+        tick, seen, waited = min(1.0, self._seconds / 10), None, 0.0
+        while waited < self._seconds:
+            time.sleep(tick)
+            done = self._done
+            waited = 0.0 if done is None or done != seen else waited + tick
+            seen = done
+        came = f"no end of the step after {seen} in {self._seconds:g} s (--run.step-timeout)"
+        _die(f"processes must answer each other, got {came}")
+
+
+def _die(words: str) -> None:
+    """End this process from a thread, whatever the others wait for."""
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) -> World:
     """Join the processes that torchrun or srun started, or be the only one.
 
@@ -187,9 +243,15 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
     where = _device(device, local_rank, size)
     if size > 1:
         cuda = where.type == "cuda"
+        # A stranger at the port may take a connection and never answer.
+        late = f"setup: {size} processes must meet, got no answer in {timeout:g} s"
+        timer = threading.Timer(timeout + 2, _die, [late])
+        timer.daemon = True
+        timer.start()
         try:
             dist.init_process_group(
                 backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
+                store=_meet(rank, size, timeout),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout),
@@ -197,7 +259,33 @@ def setup(device: str = "auto", *, threads: int = 0, timeout: float = 1800.0) ->
             )
         except RuntimeError as error:
             raise RuntimeError(f"setup: {size} processes must meet, got {error}") from error
+        finally:
+            timer.cancel()
     return World(rank, local_rank, size, where)
+
+
+def _meet(rank: int, size: int, timeout: float) -> dist.Store:
+    """A store that holds words of these processes alone.
+
+    torchrun keeps one store over its restarts, which has the addresses of processes that died. So
+    each process brings a name that nobody had, and rank 0 answers to each with its own.
+    """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    own, began = uuid.uuid4().hex, time.monotonic()
+    if rank:
+        store.set(f"name of {rank}", own)
+        start = store.get(f"answer to {own}").decode()  # waits for it
+        store.set(f"{start}: {rank} is here", "")
+        return dist.PrefixStore(start, store)
+    away = list(range(1, size))
+    while away := [other for other in away if not store.check([f"{own}: {other} is here"])]:
+        for other in away:
+            if store.check([f"name of {other}"]):  # perhaps of one that died
+                store.set("answer to " + store.get(f"name of {other}").decode(), own)
+        if time.monotonic() - began > timeout:
+            raise RuntimeError(f"none of rank {away[0]} in {timeout:g} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def world_size() -> int:
@@ -291,6 +379,22 @@ def _device(name: str, local_rank: int, size: int) -> torch.device:
         reason = str(error).partition(". ")[0]
         raise RuntimeError(f"setup: device {name} must be one that works, got {reason}") from error
     return device
+
+
+def exchange_seconds(model: nn.Module, world: World, wire: torch.dtype) -> float:
+    """What the sum of all gradients over the processes takes when nothing else runs.
+
+    Every process must call it. Measured on a part of at most 32 MB, after one to warm up.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    part = torch.zeros(min(count, 2**25 // wire.itemsize), dtype=wire, device=world.device)
+    for _ in range(2):
+        world.any(False)  # all begin together
+        began = time.perf_counter()
+        dist.all_reduce(part)
+        part[:1].cpu()  # waits for the device
+        seconds = time.perf_counter() - began
+    return seconds * count / max(1, len(part))
 
 
 def check_impl(impl: str, device: torch.device) -> None:

@@ -70,12 +70,17 @@ def evaluate_emoji(
 
 
 def check_sets(
-    images: str = "", shards: str = "", captions: Captions = USUAL, classes: str = ""
+    images: str = "",
+    shards: str = "",
+    captions: Captions = USUAL,
+    classes: str = "",
+    cache_gb: float = 100.0,
 ) -> None:
     """ValueError unless each set that is given holds something to evaluate; stops at the first.
 
     Args:
         classes: as `classes_in`; class folders and each .cls must fit them.
+        cache_gb: as ShardPictures.
     """
     names = classes_in(classes)
     if images:
@@ -85,7 +90,7 @@ def check_sets(
         if not any(len(pictures[number].images) for number in range(len(pictures))):
             raise ValueError(f"evaluate: {images} must hold pictures that can be read, got none")
     if shards:
-        check_samples(shards, captions, len(names.names) if names else 0)
+        check_samples(shards, captions, len(names.names) if names else 0, cache_gb)
 
 
 @dataclass
@@ -132,6 +137,10 @@ def _world(encoder: Encoder) -> World:
     return getattr(encoder, "world", None) or ALONE  # another's encoder works by itself
 
 
+def _batch_size(encoder: Encoder) -> int:
+    return getattr(encoder, "batch_size", Encoder.batch_size)
+
+
 def evaluate_folder(
     encoder: Encoder,
     folder: str | Path,
@@ -154,7 +163,7 @@ def evaluate_folder(
     world = _world(encoder)
 
     def listed() -> FolderPictures:
-        return FolderPictures(folder, batch_size=encoder.batch_size, **resizing(encoder.model))
+        return FolderPictures(folder, batch_size=_batch_size(encoder), **resizing(encoder.model))
 
     pictures = world.decide(listed)
     names = world.decide(lambda: pictures.called(classes) if classes else [])
@@ -174,7 +183,7 @@ def evaluate_folder(
 def _see_shards(encoder: Encoder, pattern: str, workers: int, **how) -> _Seen:
     """The pictures of shards; `how` as ShardPictures. Rank 0 warns of what is left out."""
     world = _world(encoder)
-    sizes = dict(batch_size=encoder.batch_size, **resizing(encoder.model))
+    sizes = dict(batch_size=_batch_size(encoder), **resizing(encoder.model))
     pictures = world.decide(lambda: ShardPictures(pattern, **sizes, **how))
     scans = world.share(len(pictures.names), pictures.scan)
     pictures.hold([rows for rows, _ in scans])
@@ -316,6 +325,7 @@ def _both(
     prompts: Sequence[str],
     workers: int,
     loss_batch: int,
+    cache_gb: float,
 ) -> dict[str, tuple[dict, int]]:
     """Retrieval and classification figures of shards whose pictures are read once.
 
@@ -326,7 +336,7 @@ def _both(
         by "shards" and "classes", where there are such figures, these and the number of templates.
     """
     names = _world(encoder).decide(lambda: listed_classes(pattern))
-    how = dict(captions=captions, named=bool(names), labelled=bool(classes))
+    how = dict(captions=captions, named=bool(names), labelled=bool(classes), cache_gb=cache_gb)
     seen = _see_shards(encoder, pattern, workers, **how)
     retrieved, named, templates = _retrieved(encoder, seen, loss_batch), None, prompts
     if classes:
@@ -353,6 +363,7 @@ def evaluate(
     classes: Names | None = None,
     workers: int = 0,
     loss_batch: int = 256,
+    cache_gb: float = 100.0,
     say: Callable[[str], object] = lambda line: None,
 ) -> tuple[dict[str, dict], dict]:
     """(figures of each set, pictures to show with the names chosen) of all that is asked for.
@@ -362,6 +373,7 @@ def evaluate(
             evaluate_classes.
         classes: what the folders of images, and each .cls in shards, are called.
         workers, loss_batch: as evaluate_shards.
+        cache_gb: as ShardPictures.
         say: takes a line that tells how each set was evaluated.
     """
     shown = {"images": torch.zeros(0, 72, 72, 3, dtype=torch.uint8), "chosen": [], "actual": []}
@@ -376,7 +388,7 @@ def evaluate(
         more = dict(classes=classes, workers=workers, features_of=features_of)
         found["images"] = evaluate_folder(encoder, images, given, **more), len(given)
     if shards:
-        more = (features_of, own_prompts, workers, loss_batch)
+        more = (features_of, own_prompts, workers, loss_batch, cache_gb)
         found |= _both(encoder, shards, captions, classes, *more)
     for kind, (figures, templates) in found.items():
         path = images if kind == "images" else shards

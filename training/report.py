@@ -74,7 +74,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 # What gloo says when another process is gone or does not answer.
-_LOST = r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|EADDRINUSE"
+_LOST = r"[Tt]imed out|[Cc]onnection (closed|reset|refused)|EADDRINUSE|pair closure"
 
 
 @contextmanager

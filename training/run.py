@@ -31,7 +31,7 @@ from models import CLIP, forward_flops
 from . import checkpoint, report
 from .build import build_model
 from .config import Config, flat, to_json
-from .distributed import World, autocast_dtype
+from .distributed import WIRES, Alarm, World, autocast_dtype, exchange_seconds
 from .evaluation import Encoder, evaluate, table
 from .optim import SpikeGuard, learning_rate
 from .shard import unsharded
@@ -138,9 +138,13 @@ class Run:
     looks: report.JsonLines | None = None  # evaluations in mid-stage, of rank 0
     recompute: dict[str, str] = field(default_factory=dict)  # of each stage
     advised: set[str] = field(default_factory=set)  # stages whose advice was given
+    exchange: dict[str, float] = field(default_factory=dict)  # seconds of a stage's gradients
     saved: float = field(default_factory=lambda: time.monotonic())  # last checkpoint's time
     writer: Executor = field(default_factory=lambda: ThreadPoolExecutor(1))  # of rank 0
     writing: Future | None = None  # the checkpoint that the writer was given last
+
+    def __post_init__(self) -> None:
+        self.alarm = Alarm(self.world, self.config.run.step_timeout)
 
     def save(self, stage: str, model: CLIP, optimizer: torch.optim.Optimizer, done: int) -> None:
         """Have a checkpoint written, by rank 0, if there is nothing but finite numbers to write.
@@ -149,8 +153,13 @@ class Run:
         """
         self.written()
         run = self.config.run
-        if self.world.is_main and not Path(run.output).is_dir():
-            raise RuntimeError(f"train: {run.output} must stay while it runs, got no such folder")
+
+        def check() -> None:
+            if not Path(run.output).is_dir():
+                must = f"train: {run.output} must stay while it runs"
+                raise RuntimeError(f"{must}, got no such folder")
+
+        self.world.decide(check)
         checkpoint.check_finite(model, optimizer, run.output, stage, done, self.world)
         state = checkpoint.pack_state(
             model,
@@ -180,6 +189,7 @@ class Run:
 
         Every process must call it.
         """
+        self.alarm.rest()
         writing, self.writing = self.writing, None
         self.world.together(lambda: writing and writing.result())
 
@@ -262,8 +272,11 @@ def log_step(
     return row
 
 
-def remarks(run: Run, stage: str, done: int, row: dict, tally: Tally) -> list[str]:
-    """What a line of the log makes worth saying: samples left out; once a stage, what to change."""
+def remarks(run: Run, stage: str, done: int, row: dict, tally: Tally, model: CLIP) -> list[str]:
+    """What a line of the log makes worth saying: samples left out; once a stage, what to change.
+
+    Every process must call it.
+    """
     said = []
     if tally.faults:  # of this process's share
         said.append(f"{stage} {done}: samples skipped: {describe_faults(tally.faults)}")
@@ -271,8 +284,13 @@ def remarks(run: Run, stage: str, done: int, row: dict, tally: Tally) -> list[st
     memory = None
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    told = advice(row, memory, data.source != "emoji", data.workers)
-    if told and stage not in run.advised and done >= 10:  # the first steps wait for all
+    if done < 10:  # the first steps wait for all
+        return said
+    if run.world.size > 1 and stage not in run.exchange:
+        run.exchange[stage] = exchange_seconds(model, run.world, WIRES[run.config.run.wire])
+    wire = run.exchange.get(stage, 0.0), run.config.stages[stage].batch_size / row["samples_per_s"]
+    told = advice(row, memory, data.source != "emoji", data.workers, *wire, run.config.run.wire)
+    if told and stage not in run.advised:
         run.advised.add(stage)
         said.append(f"{stage} {done}: {told}")
     return said
@@ -297,6 +315,7 @@ def evaluation(
     Args:
         say: takes a line that tells how each set was evaluated; None prints it.
     """
+    run.alarm.rest()
     config, world = run.config, run.world
     dtype = autocast_dtype(config.run.precision, world.device)
     training = model.training
@@ -313,6 +332,7 @@ def evaluation(
             config.caption_keys.for_retrieval(),
             prompts_in(config.run.eval_prompts),
             classes=classes_in(config.run.eval_classes),
+            cache_gb=config.data.cache_gb,
             workers=config.data.workers,
             loss_batch=config.stages[stage].batch_size,
             say=say or world.print,

@@ -101,6 +101,21 @@ class _Driver:
         return 0
 
 
+@contextmanager
+def idle(arch: int, run: Callable = lambda *_, **__: None) -> Iterator[None]:
+    """A Triton driver of an architecture that takes CPU tensors; `run` in place of a launch."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    before = vars(driver).copy()
+    driver.set_active(_Driver((arch,)))
+    try:
+        with patch.object(JITFunction, "run", run):
+            yield
+    finally:
+        vars(driver).update(before)
+
+
 class _Bodies(TorchDispatchMode):
     """Runs the Python body of a custom operator, where fake tensors would ask its fake: once for
     each architecture; the last one's results go on."""

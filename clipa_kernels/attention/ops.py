@@ -1,18 +1,18 @@
 """The custom operators behind varlen_attention: opaque to torch.compile, saving only their inputs.
 
-Autocast is off inside: q, k, v arrive in the dtype to multiply in. Two forms, since an operator
-must not return views: one packed tensor with its packed gradient, or three with theirs.
+Plain torch runs without autocast: q, k, v arrive in the dtype to multiply in. Two forms, since an
+operator must not return views: one packed tensor with its packed gradient, or three with theirs.
 """
 
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..check import once_operator
 from . import plain
 
 
-@torch.library.custom_op("clipa::varlen_attention_qkvpacked", mutates_args=())
-def attention_packed(
+def _attention_packed(
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -21,18 +21,17 @@ def attention_packed(
     kernels: bool = False,
 ) -> Tensor:
     """kernels: Triton's instead of torch's batched products."""
-    with torch.autocast(qkv.device.type, enabled=False):
-        if not kernels:
+    if not kernels:
+        with torch.autocast(qkv.device.type, enabled=False):
             return plain.forward(qkv, cu_seqlens, max_seqlen, causal, scale)
-        from ..launch import require_products
-        from . import kernels
+    from ..launch import require_products
+    from . import kernels
 
-        require_products("varlen_attention_qkvpacked", qkv)
-        return kernels.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
+    require_products("varlen_attention_qkvpacked", qkv)
+    return kernels.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, causal, scale)
 
 
-@torch.library.custom_op("clipa::varlen_attention_qkvpacked_backward", mutates_args=())
-def attention_packed_backward(
+def _attention_packed_backward(
     dout: Tensor,
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -42,23 +41,32 @@ def attention_packed_backward(
     kernels: bool = False,
 ) -> Tensor:
     """Gradient of qkv, [T, 3, H, D]."""
-    with torch.autocast(qkv.device.type, enabled=False):
-        if not kernels:
+    if not kernels:
+        with torch.autocast(qkv.device.type, enabled=False):
             return plain.backward(dout, qkv, cu_seqlens, max_seqlen, causal, scale)
-        from . import kernels
+    from . import kernels
 
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        rest = max_seqlen, causal, scale
-        kernels.backward(dout, *qkv.unbind(1), cu_seqlens, dqkv.unbind(1), *rest)
-        return dqkv
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    rest = max_seqlen, causal, scale
+    kernels.backward(dout, *qkv.unbind(1), cu_seqlens, dqkv.unbind(1), *rest)
+    return dqkv
 
 
-@attention_packed.register_fake
+_packed = torch.library.custom_op(
+    "clipa::varlen_attention_qkvpacked", _attention_packed, mutates_args=()
+)
+_packed_backward = torch.library.custom_op(
+    "clipa::varlen_attention_qkvpacked_backward", _attention_packed_backward, mutates_args=()
+)
+_packed_gradients = dispatch.backward(_packed_backward, _attention_packed_backward)
+
+
+@_packed.register_fake
 def _(qkv, cu_seqlens, max_seqlen, causal, scale, kernels=False):
     return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
 
 
-@attention_packed_backward.register_fake
+@_packed_backward.register_fake
 def _(dout, qkv, cu_seqlens, max_seqlen, causal, scale, kernels=False):
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 
@@ -69,16 +77,15 @@ def _save_packed(ctx, inputs, output) -> None:
 
 
 def _packed_gradient(ctx, dout: Tensor):
-    dqkv = attention_packed_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    dqkv = _packed_gradients(dout, *ctx.saved_tensors, *ctx.rest)
     return dqkv, None, None, None, None, None
 
 
-attention_packed.register_autograd(_packed_gradient, setup_context=_save_packed)
-once_operator(attention_packed_backward, "varlen_attention")
+attention_packed = dispatch.forward(_packed, _attention_packed, _save_packed, _packed_gradient)
+once_operator(_packed_backward, "varlen_attention")
 
 
-@torch.library.custom_op("clipa::varlen_attention", mutates_args=())
-def attention(
+def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
     """Triton's kernels on three tensors, read where they lie."""
@@ -89,8 +96,7 @@ def attention(
     return kernels.forward(q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
-@torch.library.custom_op("clipa::varlen_attention_backward", mutates_args=())
-def attention_backward(
+def _attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -108,12 +114,19 @@ def attention_backward(
     return grads
 
 
-@attention.register_fake
+_separate = torch.library.custom_op("clipa::varlen_attention", _attention, mutates_args=())
+_separate_backward = torch.library.custom_op(
+    "clipa::varlen_attention_backward", _attention_backward, mutates_args=()
+)
+_separate_gradients = dispatch.backward(_separate_backward, _attention_backward)
+
+
+@_separate.register_fake
 def _(q, k, v, cu_seqlens, max_seqlen, causal, scale):
     return q.new_empty(q.shape)
 
 
-@attention_backward.register_fake
+@_separate_backward.register_fake
 def _(dout, q, k, v, cu_seqlens, max_seqlen, causal, scale):
     return tuple(q.new_empty(q.shape) for _ in "qkv")
 
@@ -125,8 +138,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradient(ctx, dout: Tensor):
     rest = ctx.max_seqlen, ctx.causal, ctx.scale
-    return *attention_backward(dout, *ctx.saved_tensors, *rest), None, None, None, None
+    return *_separate_gradients(dout, *ctx.saved_tensors, *rest), None, None, None, None
 
 
-attention.register_autograd(_gradient, setup_context=_save)
-once_operator(attention_backward, "varlen_attention")
+attention = dispatch.forward(_separate, _attention, _save, _gradient)
+once_operator(_separate_backward, "varlen_attention")

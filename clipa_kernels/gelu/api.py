@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import check
+from .. import check, dispatch
 from ..check import describe
 
 _FORMS = ("none", "tanh", "quick")
@@ -67,7 +67,7 @@ def bias_gelu(
         return bias_gelu_reference(x, bias, approximate)
     if impl == "triton":
         check.refuse_tangents(name, x, bias)
-        return torch.ops.clipa.bias_gelu(x, bias, approximate)
+        return _bias_gelu(x, bias, approximate)
     if torch.compiler.is_compiling():
         return _gelu(x if bias is None else _AddBias.forward(x, bias), approximate)
     z = x if bias is None else _AddBias.apply(x, bias)
@@ -122,14 +122,12 @@ class _Quick(torch.autograd.Function):
         return dy * (s + 1.702 * z * s * (1 - s))
 
 
-@torch.library.custom_op("clipa::bias_gelu", mutates_args=())
 def _forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     from . import kernels
 
     return kernels.forward(x, bias, approximate)
 
 
-@torch.library.custom_op("clipa::bias_gelu_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_wanted: bool
 ) -> tuple[Tensor, Tensor]:
@@ -140,12 +138,19 @@ def _backward(
     return dx, x.new_empty(0) if d_bias is None else d_bias
 
 
-@_forward.register_fake
+_operator = torch.library.custom_op("clipa::bias_gelu", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    "clipa::bias_gelu_backward", _backward, mutates_args=()
+)
+_gradients = dispatch.backward(_backward_operator, _backward)
+
+
+@_operator.register_fake
 def _(x, bias, approximate):
     return x.new_empty(x.shape)
 
 
-@_backward.register_fake
+@_backward_operator.register_fake
 def _(dy, x, bias, approximate, bias_wanted):
     return x.new_empty(x.shape), bias.new_empty(bias.shape) if bias_wanted else x.new_empty(0)
 
@@ -158,9 +163,9 @@ def _save(ctx, inputs, output) -> None:
 def _gradient(ctx, dy: Tensor):
     x, bias = ctx.saved_tensors
     wanted = bias is not None and ctx.needs_input_grad[1]
-    dx, d_bias = torch.ops.clipa.bias_gelu_backward(dy, x, bias, ctx.approximate, wanted)
+    dx, d_bias = _gradients(dy, x, bias, ctx.approximate, wanted)
     return dx, d_bias if wanted else None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
-check.once_operator(_backward, "bias_gelu")
+_bias_gelu = dispatch.forward(_operator, _forward, _save, _gradient)
+check.once_operator(_backward_operator, "bias_gelu")

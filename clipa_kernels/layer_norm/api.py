@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import check
+from .. import check, dispatch
 from ..check import describe
 
 # 2 MB in fp32: what the kernel reads again is still in a cache. EPYC Zen 5, November 2026.
@@ -68,7 +68,7 @@ def add_layer_norm(
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     if impl == "triton":
         check.refuse_tangents("add_layer_norm", x, residual, weight, bias)
-        y, total = torch.ops.clipa.add_layer_norm(x, residual, weight, bias, eps)
+        y, total = _add_layer_norm(x, residual, weight, bias, eps)
         return y, x if residual is None else total
     total = x if residual is None else (x + residual).to(residual.dtype)
     both = torch.promote_types(weight.dtype, bias.dtype)
@@ -157,7 +157,6 @@ def _affine_grads(
     return torch.stack(d_weight).sum(0), torch.stack(d_bias).sum(0)
 
 
-@torch.library.custom_op("clipa::add_layer_norm", mutates_args=())
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +167,6 @@ def _forward(
     return y, x.new_empty(0) if total is None else total
 
 
-@torch.library.custom_op("clipa::add_layer_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     d_total: Tensor | None,
@@ -185,12 +183,19 @@ def _backward(
     return dx, *others
 
 
-@_forward.register_fake
+_operator = torch.library.custom_op("clipa::add_layer_norm", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    "clipa::add_layer_norm_backward", _backward, mutates_args=()
+)
+_gradients = dispatch.backward(_backward_operator, _backward)
+
+
+@_operator.register_fake
 def _(x, residual, weight, bias, eps):
     return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
 
 
-@_backward.register_fake
+@_backward_operator.register_fake
 def _(dy, d_total, total, weight, eps, bias_dtype):
     d_residual = total.new_empty(0 if total.dtype == dy.dtype else total.shape)
     if bias_dtype is None:
@@ -213,9 +218,7 @@ def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
     if dy is None:  # the norm was not used
         return (None if d_total is None else d_total.to(ctx.x_dtype)), d_total, None, None, None
     wanted = ctx.bias_dtype if any(ctx.needs_input_grad[2:4]) else None
-    dx, d_residual, d_weight, d_bias = torch.ops.clipa.add_layer_norm_backward(
-        dy, d_total, total, weight, ctx.eps, wanted
-    )
+    dx, d_residual, d_weight, d_bias = _gradients(dy, d_total, total, weight, ctx.eps, wanted)
     if not ctx.has_residual:
         d_residual = None
     elif total.dtype == dy.dtype:
@@ -223,8 +226,8 @@ def _gradient(ctx, dy: Tensor | None, d_total: Tensor | None):
     return dx, d_residual, d_weight if wanted else None, d_bias if wanted else None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
-check.once_operator(_backward, "add_layer_norm")
+_add_layer_norm = dispatch.forward(_operator, _forward, _save, _gradient)
+check.once_operator(_backward_operator, "add_layer_norm")
 
 
 def _check_arguments(

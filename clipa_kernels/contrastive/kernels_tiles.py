@@ -31,7 +31,8 @@ def config_for(width: int, itemsize: int, arch: int) -> Config:
     """The tile for features of `width` columns of `itemsize` bytes, on sm_`arch`."""
     if width % 16:  # rows that begin anywhere take a pointer for every few columns
         if itemsize == 4:
-            return Config(64, 64, 16, 8, 2)  # slices of 32 spill everywhere, 32 rows on sm_90
+            # Slices of 32 spill everywhere, 32 rows and two stages on sm_90.
+            return Config(64, 64, 16, 8, 3 if 90 <= arch < 100 else 2)
         return Config(64, 64, 32, 8 if arch < 90 else 4, 3)  # 4 warps spill on sm_80
     if itemsize == 4 and arch < 90:
         # fp32 runs on the FMA units, operands in registers: slices of 32 spill with Triton 3.6.

@@ -34,7 +34,7 @@ def kernels(count):
 
 
 @pytest.mark.parametrize(
-    ("n", "width", "most"), [(1024, 512, 8.6), (512, 1024, 4.2)], ids=["1024x512", "512x1024"]
+    ("n", "width", "most"), [(1024, 512, 7.8), (512, 1024, 3.7)], ids=["1024x512", "512x1024"]
 )
 def test_operations_and_bytes(n, width, most):
     forward, backward = passes(contrastive_loss, leaves(n, width)[:3])
@@ -59,15 +59,15 @@ def test_a_locked_tower_skips_its_product(locked, units):
 
 @pytest.mark.parametrize("strips", [1, 3])
 def test_launches(strips, monkeypatch):
-    """Forward two. Backward three a strip, and none for the scale."""
+    """Forward three: tiles, merge, its sum. Backward three a strip, and none for the scale."""
     monkeypatch.setitem(grads.STRIP_ROWS, 4, 192 // strips)
     inputs = leaves(192, 32, torch.float32)[:3]
     forward, backward = passes(contrastive_loss, inputs)
-    assert forward.total().launches == 2
+    assert forward.total().launches == 3
     assert backward.total().launches == 3 * strips
     with torch.no_grad(), counted() as count:
         contrastive_loss(*inputs, impl="triton")
-    assert count.total().launches == 2
+    assert count.total().launches == 3
 
 
 def test_launches_in_16_bits(monkeypatch):

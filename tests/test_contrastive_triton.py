@@ -117,7 +117,7 @@ def test_strips_and_blocks_of_any_size(loss, reference, monkeypatch):
     whole = gradients(loss, values, impl="triton")
     monkeypatch.setitem(contrastive_grads_file.STRIP_ROWS, 4, 100)
     monkeypatch.setattr(contrastive, "_PROGRAMS", 2)
-    assert contrastive.block_for(4, 4) == (2, 4)
+    assert contrastive.block_for(4, 4, 1) == (2, 4)
     for mine, true in zip(gradients(loss, values, impl="triton"), whole, strict=True):
         torch.testing.assert_close(mine, true, rtol=3e-6, atol=3e-6)
 
@@ -132,12 +132,18 @@ def test_strips_in_16_bits(n, width, kind, monkeypatch):
     check(contrastive_loss, contrastive_loss_reference, values)
 
 
+@pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("tiles", [(1, 1), (1, 300), (300, 1), (7, 500), (64, 64), (1024, 1024)])
-def test_blocks_leave_programs_for_the_device(tiles):
-    down, across = contrastive.block_for(*tiles)
-    assert 1 <= down <= 16 and 1 <= across <= contrastive.MOST_ACROSS
-    programs = -(-tiles[0] // down) * -(-tiles[1] // across)
+def test_blocks_leave_programs_for_the_device(tiles, groups):
+    """And few partial sums: of a row as many as of a column, where tiles are many."""
+    down, across = contrastive.block_for(*tiles, groups)
+    assert 1 <= down <= tiles[0] and 1 <= across <= tiles[1]
+    blocks = -(-tiles[0] // down), -(-tiles[1] // across)
+    programs = blocks[0] * blocks[1]
     assert programs >= min(tiles[0] * tiles[1], contrastive._PROGRAMS) // 2
+    assert programs <= 4 * contrastive._PROGRAMS
+    if min(tiles) >= 64:
+        assert groups * blocks[0] + blocks[1] <= 2.2 * (groups * programs) ** 0.5
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)

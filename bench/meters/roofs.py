@@ -117,11 +117,6 @@ def _backward_of_long(a: dict[str, Any]) -> tuple[float, ...]:
     return once + once
 
 
-def _merge(a: dict[str, Any]) -> tuple[float, ...]:
-    parts = [_cdiv(a[name], a["PARTS"]) for name in ("row_parts", "col_parts")]
-    return (_cdiv(a["M"], a["BLOCK"]), *parts) if a["loss_ptr"] is not None else tuple(parts)
-
-
 TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "attention_long_fwd": lambda a: (_cdiv(a["max_seqlen"], a["BLOCK_N"]),),
     "attention_long_bwd": _backward_of_long,
@@ -137,13 +132,16 @@ TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "contrastive_fwd": lambda a: (a["down"], a["across"], a["D"] / a["BLOCK_K"]),
     "contrastive_bwd": lambda a: (a["D"] / a["BLOCK_K"],),
     "last_product": lambda a: (a["height"] / a["BLOCK_K"],),
-    "contrastive_merge": _merge,
+    "contrastive_merge": lambda a: tuple(
+        _cdiv(a[parts], a["PARTS"]) for parts in ("row_parts", "col_parts")
+    ),
+    "contrastive_sum": lambda a: (_cdiv(a["parts"], a["BLOCK"]),),
     "choose_patches": lambda a: (42,) if a["MASK"] == "random" else (),
 }  # fmt: skip
 # Programs of these do one of two things; the few that do the second are left out.
 TWO_PARTS = {"patch_embed_fwd", "patch_embed_bwd_weight"}
 # Instructions of the branch that only tiles on the diagonal take.
-DIAGONAL = {"contrastive_fwd": range(60, 141)}
+DIAGONAL = {"contrastive_fwd": range(60, 700)}
 # What an iteration has one of, where ptxas unrolls the loop.
 UNROLLED = {"choose_patches": "REDUX"}
 
@@ -221,14 +219,20 @@ def least_bytes(launch: Launch) -> float:
 
 
 def _loops(code: list[Instruction], two_parts: bool) -> list[tuple[int, int]]:
-    """(first, last) instruction of each loop: backward branches, but for the one that ends all."""
+    """(first, last) instruction of each loop: backward branches, but for the one that ends all, and
+    for returns from code that lies behind a loop: they begin in it and end outside."""
     places = {one.address: place for place, one in enumerate(code)}
     end = _end(code) if two_parts else len(code)
-    return sorted(
+    loops = sorted(
         (places[one.target()], place)
         for place, one in enumerate(code[:end])
         if one.target() in places and places[one.target()] < place
     )
+    return [
+        (first, last)
+        for first, last in loops
+        if not any(other < first <= to < last for other, to in loops)
+    ]
 
 
 def _end(code: list[Instruction]) -> int:

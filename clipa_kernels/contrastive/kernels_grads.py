@@ -96,7 +96,8 @@ def _contrastive_bwd_kernel(
     offs_m = row0 + offs_s
     # [BLOCK_M, BLOCK_N]
     cosine = products(
-        x_ptr, y_ptr, offs_m, start_n + tl.arange(0, BLOCK_N), row0 + height, N, D,
+        x_ptr, y_ptr, tl.minimum(offs_m, M - 1),
+        tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1), D,
         stride_xm, stride_yn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     scale = tl.load(scale_ptr)
@@ -118,7 +119,7 @@ def _contrastive_bwd_kernel(
             # The forward knows the slope: one program of the first strip multiplies it.
             if (tl.program_id(0) == 0) & (row0 == 0):
                 tl.store(d_scale_ptr, tl.load(slope_ptr) * d_loss)
-    parts = narrow_parts(cosine, BLOCK_M, BLOCK_N)
+    parts = narrow_parts(cosine, BLOCK_M, BLOCK_N, PART)
     loss, d_scale, d_bias = 0.0, 0.0, 0.0
     for part in tl.static_range(BLOCK_N // PART):
         offs_n = start_n + part * PART + tl.arange(0, PART)
@@ -180,7 +181,7 @@ def _last_product_kernel(
         acc = tl.dot(g, x, acc)
         g_ptrs += BLOCK_K * stride_gm
         x_ptrs += BLOCK_K * stride_xm
-    parts = narrow_parts(acc, BLOCK_M, BLOCK_N)
+    parts = narrow_parts(acc, BLOCK_M, BLOCK_N, PART)
     # 64 bits for the tile's corner alone: offsets within a tile fit in 32.
     place = tl.cast(start_m, tl.int64) * D + start_n
     for part in tl.static_range(BLOCK_N // PART):

@@ -101,6 +101,8 @@ def main(path: Path, steps: int = 240) -> None:
         killed = run(Path(folder) / "killed", PHASES, steps)
     draw(path, whole, killed)
     most = max(abs(one - other) for one, other in zip(whole, killed, strict=True))
+    if most > 5e-5:
+        sys.exit(f"killed: losses must be equal to fp32's rounding, got {most:.1e} between them")
     print(f"{path}: {len(whole)} steps, largest difference of losses {most:.1e}")
 
 

@@ -1,4 +1,5 @@
-"""A run that is killed goes on with any number of processes, with the same losses."""
+"""Processes that are lost and started again; examples/killed.py goes on with other numbers of them,
+which tests/test_docs.py runs."""
 
 import json
 import os
@@ -7,11 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from test_ranks import member, port
 from test_train import finish, flags, start
-
-from training import checkpoint
 
 STEPS = {"stages__short__steps": 24, "stages__full__steps": 12}
 BATCH = {"stages__short__batch_size": 24, "stages__full__batch_size": 24}
@@ -42,38 +40,6 @@ def finished(processes) -> list[str]:
     said = [process.communicate(timeout=200)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), said
     return said
-
-
-def killed_after(folder: Path, processes, rows: int) -> None:
-    """kill -9 of all processes once the log has so many rows."""
-    deadline = time.monotonic() + 150
-    while len(logged(folder)) < rows:
-        assert time.monotonic() < deadline and processes[0].poll() is None
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-
-
-def test_four_then_two_then_three_then_one(tmp_path):
-    finished(launched(tmp_path / "whole", 1))
-    folder, parts = tmp_path / "cut", dict(stages__short__accumulate=2, stages__full__accumulate=2)
-    killed_after(folder, launched(folder, 4), 7)
-    killed_after(folder, launched(folder, 2), 14)
-    killed_after(folder, launched(folder, 3, **parts), 27)
-    (said,) = finished(launched(folder, 1))
-    assert "resumed at step" in said
-    whole, cut = logged(tmp_path / "whole"), logged(folder)
-    assert len(whole) == 36 and cut.keys() == whole.keys()
-    for place, loss in whole.items():
-        assert cut[place] == pytest.approx(loss, rel=2e-5), place
-    for one, other in zip(
-        checkpoint.latest(tmp_path / "whole" / "out")["state_dict"].values(),
-        checkpoint.latest(folder / "out")["state_dict"].values(),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
 
 def test_torchrun_starts_a_run_again_that_lost_a_process(tmp_path):

@@ -128,6 +128,17 @@ def test_a_stranger_at_the_port_who_never_answers(tmp_path):
     assert all("2 processes must meet, got" in out for out in said)
 
 
+def left_alone(rank: subprocess.Popen, lost: subprocess.Popen) -> str:
+    """What a process says as it ends, without one that is lost or stopped."""
+    try:
+        (out,) = end([rank])
+    finally:
+        lost.kill()
+        lost.communicate()
+    assert "train.py: processes must answer each other, got" in out
+    return out
+
+
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 def test_a_rank_that_stops_in_mid_run(tmp_path, name):
     """Missed in the time of a step; a rank that comes later than that is waited for."""
@@ -144,12 +155,7 @@ def test_a_rank_that_stops_in_mid_run(tmp_path, name):
         time.sleep(0.2)
     ranks[1].send_signal(getattr(signal, name))
     stopped = time.monotonic()
-    try:
-        (out,) = end(ranks[:1])
-    finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    assert "train.py: processes must answer each other, got" in out
+    out = left_alone(*ranks)
     assert name == "SIGKILL" or "in 4 s (--run.step-timeout)" in out
     assert time.monotonic() - stopped < short + 15
 
@@ -163,12 +169,7 @@ def test_a_rank_that_stops_in_an_evaluation(tmp_path):
         assert time.monotonic() < deadline and ranks[0].poll() is None
         time.sleep(0.005)
     ranks[1].send_signal(signal.SIGSTOP)
-    try:
-        (out,) = end(ranks[:1])
-    finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    assert "train.py: processes must answer each other, got" in out
+    left_alone(*ranks)
 
 
 def test_an_alarm_is_set_between_steps_alone(monkeypatch, capsys):

@@ -124,8 +124,6 @@ TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "add_layer_norm_bwd": lambda a: (a["rows_a_program"] / a["BLOCK_M"],),
     "bias_gelu_bwd": lambda a: (a["rows_a_program"] / a["BLOCK_M"],),
     "sum_partial": lambda a: (_cdiv(a["parts"], a["BLOCK_P"]),),
-    "patch_embed_fwd": lambda a: (a["K"] / a["BLOCK_K"],),
-    "patch_embed_bwd_weight": lambda a: (a["walked"] / a["BLOCK_M"],),
     "sum_sorted": lambda a: (
         a["order_ptr"].numel() / (a["ends_ptr"].numel() - 1) / a["BLOCK_R"],
     ),

@@ -25,6 +25,9 @@ from ..packing import Packed
 from .ops import embed_patches, embed_tokens, is_hwc
 
 Channels = Tensor | Sequence[float] | None
+# Positions that come as columns of the product on a GPU: each adds 4 D FLOPs a token to both ways.
+# More are added before the product and their gradients summed after it, which moves 4 D bytes.
+MOST_BY_PRODUCT = 64
 
 
 def patch_embed_reference(
@@ -112,16 +115,18 @@ def patch_embed(
     with torch.autocast(images.device.type, enabled=False) if autocast else nullcontext():
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
-            table = pos_embed
-            if prefix:
-                first = cls_token.view(prefix, -1) + pos_embed[:prefix]
-                table = torch.cat((first, pos_embed[prefix:]))
             side = weight.shape[-1]
-            centre = 128.0 if images.dtype == torch.uint8 else 0.0  # what the kernels subtract
+            centre = 128.0 if images.dtype == torch.uint8 else 0.0  # what the kernel subtracts
             folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype, centre)
-            runs = _in_runs(folded.view(-1, side, side, weight.shape[1]), images)
-            args = (images, keep, runs, shift, table, side, prefix)
-            return _packed(embed_tokens(*args))
+            table = pos_embed[prefix:] if shift is None else pos_embed[prefix:] + shift
+            if prefix:
+                table = torch.cat((cls_token.view(prefix, -1) + pos_embed[:prefix], table))
+            columns = _in_runs(folded.view(-1, side, side, weight.shape[1]), images)
+            pixels = columns.shape[1]
+            if table.shape[0] - prefix <= MOST_BY_PRODUCT:
+                columns, table = torch.cat((columns, table.to(dtype).t()), 1), None
+            columns = F.pad(columns, (0, -columns.shape[1] % 16))  # rows end on 16 bytes
+            return _packed(embed_tokens(images, keep, columns, table, side, prefix, pixels)[0])
         folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype)
         shift = None if shift is None else shift.to(dtype)
         positions = pos_embed[prefix:].to(dtype)
@@ -165,7 +170,7 @@ def fold_normalisation(
 def _in_runs(weight: Tensor, images: Tensor) -> Tensor:
     """[D, P, P, C] as the kernels take it, [D, K]: pixels in the order of memory, padded runs."""
     runs = weight.flatten(2) if is_hwc(images) else weight.permute(0, 3, 1, 2).flatten(1, 2)
-    pad = -runs.shape[-1] % 16 if images.dtype == torch.uint8 else 0
+    pad = -runs.shape[-1] % 4 if images.dtype == torch.uint8 else 0
     return (F.pad(runs, (0, pad)) if pad else runs).flatten(1)
 
 

@@ -36,14 +36,19 @@ def _sum_sorted_kernel(
     tl.store(sums_ptr + position.to(tl.int64) * D + offs_d, tl.sum(acc, 0), mask=mask_d)
 
 
+def table_rows(keep: Tensor, prefix: int) -> Tensor:
+    """[B, R + K]: the row of the table that each token is given."""
+    index = torch.arange(prefix, device=keep.device).expand(keep.shape[0], prefix)
+    return torch.cat((index, keep + prefix), 1)
+
+
 def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
     """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table; without keep, row s is of all
     tokens s."""
-    batch, _, d = d_out.shape
+    d = d_out.shape[2]
     if keep is None:
         return d_out.sum(0, dtype=torch.float32)
-    index = torch.arange(prefix, device=d_out.device).expand(batch, prefix)
-    index = torch.cat((index, keep + prefix), 1)
+    index = table_rows(keep, prefix)
     # Stable, so that equal positions keep the order of tokens and sums repeat to the bit.
     index, order = index.flatten().sort(stable=True)
     ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))

@@ -39,16 +39,18 @@ def _patch_copy_kernel(
     offs_m = tl.program_id(0) // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < tokens
     start_k = tl.program_id(0) % tiles_k * BLOCK_K
-    image = offs_m // (prefix + kept)
-    place = offs_m % (prefix + kept)  # the row of the table, of prefix rows
+    size = prefix + kept
+    image = (offs_m.to(tl.uint32) // size.to(tl.uint32)).to(tl.int32)  # shorter without signs
+    place = offs_m - image * size  # the row of the table, of prefix rows
     mask_p = mask_m & (place >= prefix)
     patch = place - prefix
     if keep_ptr is not None:
         offs_p = image.to(tl.int64) * kept + patch
         patch = tl.load(keep_ptr + offs_p, mask=mask_p, other=0).to(tl.int32)
     # 64 bits for each image and each run; 32 for what is between.
+    down = (patch.to(tl.uint32) // columns.to(tl.uint32)).to(tl.int32)
     base = image.to(tl.int64) * stride_b
-    base += (patch // columns).to(tl.int64) * stride_py + (patch % columns).to(tl.int64) * stride_px
+    base += down.to(tl.int64) * stride_py + (patch - down * columns).to(tl.int64) * stride_px
     A_LOAD: tl.constexpr = 4 if SHIFTED else 1  # pixels
     offs_k = start_k + tl.arange(0, BLOCK_K // A_LOAD) * A_LOAD
     run, inside = offs_k // PADDED, offs_k % PADDED
@@ -99,7 +101,8 @@ def _layout(images: Tensor, side: int, hwc: bool) -> tuple[tuple[int, ...], dict
     return strides, dict(RUN=run, SHIFTED=shifted)
 
 
-_BLOCK = dict(BLOCK_M=16, BLOCK_K=256)
+WARPS = 1
+_BLOCK = dict(BLOCK_M=4, BLOCK_K=256)
 
 
 @launcher
@@ -129,6 +132,6 @@ def patch_copy(
         tokens, kept, columns, prefix, pixels, width,
         *strides,
         PADDED=pixels * layout["RUN"] // (channels * side**2), SIDE=side, **layout, **_BLOCK,
-        num_warps=4,
+        num_warps=WARPS,
     )  # fmt: skip
     return patches

@@ -101,7 +101,6 @@ def _layout(images: Tensor, side: int, hwc: bool) -> tuple[tuple[int, ...], dict
     return strides, dict(RUN=run, SHIFTED=shifted)
 
 
-WARPS = 1
 _BLOCK = dict(BLOCK_M=4, BLOCK_K=256)
 
 
@@ -132,6 +131,6 @@ def patch_copy(
         tokens, kept, columns, prefix, pixels, width,
         *strides,
         PADDED=pixels * layout["RUN"] // (channels * side**2), SIDE=side, **layout, **_BLOCK,
-        num_warps=WARPS,
+        num_warps=1,
     )  # fmt: skip
     return patches

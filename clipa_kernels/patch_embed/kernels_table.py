@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch import cdiv
 
-_SUM_ROWS = 8  # of a step: 16 spill on sm_100
+_BLOCK = dict(BLOCK_R=16, BLOCK_D=128)  # enough rows on their way, and programs, for a GPU's memory
 
 
 @triton.jit
@@ -25,14 +25,15 @@ def _sum_sorted_kernel(
     start = tl.load(ends_ptr + position)
     end = tl.load(ends_ptr + position + 1)
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    offs_r = start + tl.arange(0, BLOCK_R)
+    row = tl.load(order_ptr + offs_r, mask=offs_r < end, other=0)
     # Rows of one position are next to each other in `order`: one program adds them all.
-    for first in range(start, end, BLOCK_R):
-        offs_r = first + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < end
-        row = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
+    for _ in range(start, end, BLOCK_R):
+        mask = (offs_r < end)[:, None] & mask_d[None, :]
         d_out_ptrs = d_out_ptr + row[:, None] * D + offs_d[None, :]
-        d_out = tl.load(d_out_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
-        acc += d_out.to(tl.float32)
+        offs_r += BLOCK_R
+        row = tl.load(order_ptr + offs_r, mask=offs_r < end, other=0)  # a step ahead
+        acc += tl.load(d_out_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(sums_ptr + position.to(tl.int64) * D + offs_d, tl.sum(acc, 0), mask=mask_d)
 
 
@@ -53,12 +54,11 @@ def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Te
     index, order = index.flatten().sort(stable=True)
     ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
     sums = d_out.new_empty(rows, d, dtype=torch.float32)
-    block = min(256, max(16, triton.next_power_of_2(d)))
-    _sum_sorted_kernel[(rows, cdiv(d, block))](
+    _sum_sorted_kernel[(rows, cdiv(d, _BLOCK["BLOCK_D"]))](
         d_out, order, ends,
         sums,
         d,
-        BLOCK_R=_SUM_ROWS, BLOCK_D=block,
+        **_BLOCK,
         num_warps=4,
     )  # fmt: skip
     return sums

@@ -32,7 +32,7 @@ def test_matches_the_reference(side, raw, prefix, kept, dtype):
     check(tensors, dtype, **(dict(mean=MEAN, std=STD) if raw else {}))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["hwc", "chw", "cropped", "odd rows"])
 @pytest.mark.parametrize("side", [8, 14, 16], ids=["p8", "p14", "p16"])
 def test_layouts(side, layout, dtype):

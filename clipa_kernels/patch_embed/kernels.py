@@ -1,17 +1,26 @@
-"""Kept patches in the product's dtype, gathered in one pass for the library's product on a GPU.
+"""Kept patches on a GPU: gathered in one pass, then the library's product, at every patch size.
 
-    forward    a row of pixels for each token, prefix rows zero, and with them its position as a 1
-               in a further column; the product of that copy with [weight | positions] is the result
-    backward   the product from the other side, of the same copy, saved: the gradients of weight and
-               positions from one reading of the tokens'
+    forward    a row of pixels for each token, zeros for prefix rows, and a 1 in a further column,
+               that of its position; the product of this copy and [weight | positions] is the result
+    backward   the product from the other side, of the same copy, which is saved: the gradients of
+               weight and positions from one reading of the tokens'
+    more than 64 positions are added before the product, and their gradients are sums of rows
 
 A patch is runs of RUN pixels next to each other (HWC: its rows; CHW: its rows, channel by channel).
-bytes in runs that are no multiple of four, as of 14-pixel patches, or that begin anywhere, are read
-as words: two words shifted into four pixels, each run padded to whole words against zero weights.
+Runs of bytes that are no multiple of 16, as of 14-pixel patches, or begin anywhere are read as
+words, two shifted into four pixels, and padded to whole words against zero weights.
 
-The other form is an implicit product, which gathers pixels while it multiplies: no copy, and by
-bench.meters.roofs slower at every patch size, as each tile of the width fetches and converts the
-pixels again. Batch 4096, both ways, modelled on H100 / A100, a library product at 0.7 of the peak:
+The other form is an implicit product, which gathers pixels while it multiplies. It makes no copy,
+but each tile of the width fetches and converts the pixels again, and the backward once more.
+Modelled by bench.meters.roofs, a library product at 0.7 of the peak, microseconds of both passes at
+batch 4096 on H100 / A100, the implicit product with 64-bit and with 32-bit indices:
+
+                          64 bits         32 bits       this
+    B/16 224 px, half   3703 / 6819    3542 / 5778    2059 / 5514
+    L/16  96 px         1500 / 3085    1357 / 2652     855 / 2525
+    H/14  84 px         5937 / 8217    4891 / 6397     837 / 2502
+    bigG/14 70 px       5379 / 7274    4317 / 5847     753 / 2265
+    B/32 224 px, half   2610 / 6057    2326 / 5116    1751 / 5064
 """
 
 import torch
@@ -101,6 +110,7 @@ def _layout(images: Tensor, side: int, hwc: bool) -> tuple[tuple[int, ...], dict
     return strides, dict(RUN=run, SHIFTED=shifted)
 
 
+# A warp alone: its threads work out the places of few rows, and memory binds the pass.
 _BLOCK = dict(BLOCK_M=4, BLOCK_K=256)
 
 

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv
+from ..launch import cdiv, launcher
 
-_BLOCK = dict(BLOCK_R=16, BLOCK_D=128)  # enough rows on their way, and programs, for a GPU's memory
+_BLOCK = dict(BLOCK_R=16, BLOCK_D=128)  # rows on their way, and programs, enough for memory to bind
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def table_rows(keep: Tensor, prefix: int) -> Tensor:
     return torch.cat((index, keep + prefix), 1)
 
 
+@launcher
 def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
     """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table; without keep, row s is of all
     tokens s."""

@@ -155,7 +155,8 @@ def _tokens_backward(
     from .kernels_table import table_grad
 
     dx = dx.contiguous()
-    dweight = dx.flatten(0, 1).t() @ patches
+    with torch.autocast(dx.device.type, enabled=False):
+        dweight = dx.flatten(0, 1).t() @ patches
     if not rows:
         return dweight, dx.new_empty(0, dtype=torch.float32)
     return dweight, table_grad(dx, keep, rows, prefix)

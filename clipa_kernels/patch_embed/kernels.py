@@ -84,11 +84,12 @@ def _patch_copy_kernel(
         shifts = (tl.arange(0, 4) * 8).to(tl.uint32)
         x = tl.reshape((word[:, :, None] >> shifts[None, None, :]) & 255, (BLOCK_M, BLOCK_K))
     else:
-        middle = 128 if images_ptr.dtype.element_ty.is_int() else 0
-        x = tl.load(images_ptr + base[:, None] + offset[None, :], mask=mask, other=middle)
+        x = tl.load(images_ptr + base[:, None] + offset[None, :], mask=mask, other=0)
     # Bytes about their middle are exact in bf16, and their sums lose half as much to rounding.
     centre: tl.constexpr = 128.0 if images_ptr.dtype.element_ty.is_int() else 0.0
     x = x.to(tl.float32) - centre
+    if not SHIFTED:  # other=128 would do, but Triton 3.8 fills vectors of bytes with 255 for it
+        x = tl.where(mask, x, 0.0)
     offs_k = start_k + tl.arange(0, BLOCK_K)
     row = tl.where(place < prefix, place, prefix + patch)
     x = tl.where(offs_k[None, :] - pixels == row[:, None], 1.0, x)

@@ -211,7 +211,7 @@ def launchers() -> dict[str, Callable[[], object]]:
         ),
         "loss over a group": lambda: contrastive.softmax_stats(x, x, one, pairs),
         "sigmoid": lambda: contrastive_grads.sigmoid_pass(x, x, one, one, pairs, wanted),
-        "masks": lambda: masking.choose_patches("grid", 1, [2, 2, 1, 0, 0], (0, 0, 0, 0), device),
+        "masks": lambda: masking.choose_patches("grid", 1, [2, 2, 1, 0, 0], [0] * 4, None, device),
         "stem": lambda: patch_embed.patch_copy(images, None, 8, 0, False, 192, 192, x.dtype),
         "positions": lambda: patch_table.table_grad(token, keep, 1, 0),
     }

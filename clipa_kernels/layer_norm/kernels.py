@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..launch import cdiv, launcher, rows_a_program, rows_of, sum_partial
 
-_PROGRAMS = 512  # of a backward: about four an SM, each with one row of partial sums
+_PROGRAMS = 528  # of a backward: about four an SM, each with one row of partial sums
 _LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
 _FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for all of them
 
@@ -62,6 +62,16 @@ def _statistics(total, mask_d, D, eps):
     centred = tl.where(mask_d, total - mean[:, None], 0.0)
     var = tl.sum(centred * centred, 1) / D
     return centred, 1.0 / tl.sqrt(var + eps)
+
+
+@triton.jit
+def _two_sums(a, b):
+    """Sums of the rows of a and of b [BLOCK_M, BLOCK_D], with the shuffles and barriers of one."""
+    ROWS: tl.constexpr = a.shape[0]
+    both = tl.permute(tl.join(a, b), (2, 0, 1))
+    # Flat in between, which costs nothing: the interpreter then adds dense rows, by halves.
+    both = tl.reshape(tl.reshape(both, (2 * a.numel,)), (2 * ROWS, a.shape[1]))
+    return tl.split(tl.permute(tl.reshape(tl.sum(both, 1), (2, ROWS)), (1, 0)))
 
 
 @triton.jit(do_not_specialize=["rows", "rows_a_program"])
@@ -127,27 +137,32 @@ def _add_layer_norm_bwd_kernel(
     # Sums over rows are made once, after the loop: here each place adds its own.
     d_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     d_bias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for first in range(start, end, BLOCK_M):
+    # Two stages: the next rows are on their way to shared memory while these are worked on.
+    for first in tl.range(start, end, BLOCK_M, num_stages=2):
         mask = (offs_m < end - first) & mask_d
         total_ptrs = total_ptr + first * stride_tm + (offs_m * stride_tm + offs_d[None, :])
         dy_ptrs = dy_ptr + first * stride_ym + (offs_m * stride_ym + offs_d[None, :])
         total = tl.load(total_ptrs, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        centred, rstd = _statistics(total, mask_d, D, eps)
+        if d_total_ptr is not None:
+            d_total_ptrs = d_total_ptr + first * stride_dm
+            d_total_ptrs += offs_m * stride_dm + offs_d[None, :]
+            d_total = tl.load(d_total_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # Chosen, so that no difference below is taken of a product before it is rounded: g less its
+        # mean is 0 where a row is one number, and 1 / deviation is large there.
+        g = tl.where(mask_d, dy * weight, 0.0)
+        sum_total, sum_g = _two_sums(total, g)
+        centred = tl.where(mask_d, total - (sum_total / D)[:, None], 0.0)
+        sum_squares, sum_gc = _two_sums(centred * centred, g * centred)
+        rstd = tl.rsqrt(sum_squares / D + eps)
         normal = centred * rstd[:, None]
         if partial_ptr is not None:
             d_weight += dy * normal
             d_bias += dy
-        # Chosen, so that no difference below is taken of a product before it is rounded: g less its
-        # mean is 0 where a row is one number, and 1 / deviation is large there.
-        g = tl.where(mask_d, dy * weight, 0.0)
-        mean_g = tl.sum(g, 1) / D
-        mean_gn = tl.sum(g * normal, 1) / D
-        d = rstd[:, None] * (g - mean_g[:, None] - normal * mean_gn[:, None])
+        mean_gn = sum_gc / D * rstd
+        d = rstd[:, None] * (g - (sum_g / D)[:, None] - normal * mean_gn[:, None])
         if d_total_ptr is not None:
-            d_total_ptrs = d_total_ptr + first * stride_dm
-            d_total_ptrs += offs_m * stride_dm + offs_d[None, :]
-            d += tl.load(d_total_ptrs, mask=mask, other=0.0).to(tl.float32)
+            d += d_total
         tl.store(dx_ptr + first * D + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if d_residual_ptr is not None:
             tl.store(
@@ -210,7 +225,7 @@ def backward(
     rows, d = flat.shape
     dx = flat.new_empty(dy.shape)
     d_residual = total.new_empty(dy.shape) if total.dtype != dy.dtype else None
-    config = config_for(d, 8)
+    config = config_for(d, 16 if d > 512 else 8)
     walked = rows_a_program(rows, _PROGRAMS, _LEAST_ROWS)
     programs = cdiv(rows, walked)
     partial = None

@@ -7,7 +7,7 @@
 Nothing is saved but the sum, which the stream holds anyway: mean and deviation are computed again
 from the row the backward must read in any case. Saving them would cost 16 bytes a token more, and
 the row is in registers, so the second time costs two sums and no memory. No atomics: a program
-walks its own rows in order, and their number does not depend on the device.
+walks its own rows in order; how many walk depends on the GPU's SMs alone.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launcher, rows_a_program, rows_of, sum_partial
+from ..launch import cdiv, launcher, rows_a_program, rows_of, sms, sum_partial
 
-_PROGRAMS = 528  # of a backward: about four an SM, each with one row of partial sums
-_LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
+_RESIDENT = 4  # programs of a backward on an SM at once, at most: their rows in flight fill memory
+_LEAST_ROWS = 32  # of a backward program where each SM has one: partial sums stay under 1/16
+_FORWARD_PROGRAMS = 2048  # at least, where there are rows for them
 _FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for all of them
 
 
@@ -36,8 +37,8 @@ class Config:
 def config_for(width: int, numbers: int) -> Config:
     """The tile for rows of `width` columns, of which a thread holds `numbers` of each tensor.
 
-    16 in the forward, two 16-byte loads in bf16; 8 in the backward, which keeps four times as much
-    beside them: with 16 it spills on sm_100.
+    16, two 16-byte loads in bf16; in a backward of short rows 8, as it keeps four times as much
+    beside them: rows of 512 or less, several a tile, spill with 16.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if block_d > 2048:
@@ -194,7 +195,7 @@ def forward(
     stream = flat if residual is None else rows_of(residual)
     config = config_for(d, 16)
     # Several rows a program only where there are rows enough for every SM.
-    walked = min(_FORWARD_ROWS, rows_a_program(rows, 4 * _PROGRAMS, config.block_m))
+    walked = min(_FORWARD_ROWS, rows_a_program(rows, _FORWARD_PROGRAMS, 1, config.block_m))
     _add_layer_norm_fwd_kernel[(cdiv(rows, walked),)](
         flat, None if residual is None else stream, weight.contiguous(), bias.contiguous(),
         y, total,
@@ -226,7 +227,10 @@ def backward(
     dx = flat.new_empty(dy.shape)
     d_residual = total.new_empty(dy.shape) if total.dtype != dy.dtype else None
     config = config_for(d, 16 if d > 512 else 8)
-    walked = rows_a_program(rows, _PROGRAMS, _LEAST_ROWS)
+    # As many on one SM as on another, and all at once: a second wave would wait for the first.
+    gpu = sms(flat.device)
+    resident = max(1, min(_RESIDENT, rows // (_LEAST_ROWS * gpu)))
+    walked = rows_a_program(rows, resident * gpu, _LEAST_ROWS // 2, config.block_m)
     programs = cdiv(rows, walked)
     partial = None
     if bias_dtype is not None:

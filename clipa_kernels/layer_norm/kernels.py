@@ -43,7 +43,7 @@ def config_for(width: int, numbers: int) -> Config:
     """
     block_d = max(16, triton.next_power_of_2(width))
     if block_d > 2048:
-        return Config(1, block_d, 8)  # 16 numbers a thread both ways: of 16 warps, two spill
+        return Config(1, block_d, 8)  # 16 numbers both ways: with 16 warps ragged fp32 spills
     if block_d > 128 * numbers:
         return Config(1, block_d, block_d // (32 * numbers))  # one row fills more than four warps
     return Config(min(16, 128 * numbers // block_d), block_d, 4)  # short rows: several fill them

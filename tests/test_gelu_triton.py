@@ -60,7 +60,7 @@ def test_infinity_and_what_is_not_a_number(form):
 
 @all_forms
 def test_digits(form):
-    """fp32 within a rounding of 10, which all of [-10, 10] may be near, and slopes within two."""
+    """Right to half a unit in the last place of numbers just below 10; slopes to two of 1."""
     x = torch.linspace(-10, 10, 1 << 16).view(-1, 256).requires_grad_()
     exact_x = x.detach().double().requires_grad_()
     y, exact = triton(form)(x), reference(form)(exact_x)

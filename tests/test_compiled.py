@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.meters import roofs
-from bench.meters.calls import recorded
+from bench.meters.calls import backward, empty, recorded
 from bench.meters.compiled import (
     ARCHS,
     Row,
@@ -28,7 +28,7 @@ from bench.meters.compiled import (
     table,
 )
 from bench.meters.launches import _Driver, distinct, recording
-from clipa_kernels import add_layer_norm, patch_embed
+from clipa_kernels import add_layer_norm, bias_gelu, patch_embed
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -186,7 +186,8 @@ def modelled(launches) -> dict:
     code = compiled(norm)
     listing = disassembly(code)
     row = roofs.as_json(roofs.roofs(norm, read(norm, code, listing), listing))
-    return dict(unknown=unknown, row=row, loss=modelled_loss(launches), stem=modelled_stem())
+    sums = dict(loss=modelled_loss(launches), glue=modelled_glue(), stem=modelled_stem())
+    return dict(unknown=unknown, row=row, **sums)
 
 
 def modelled_stem() -> dict:
@@ -228,6 +229,26 @@ def modelled_loss(launches) -> dict:
             made = roofs.roofs(launch, read(launch, code, listing), listing)
             times[launch.name] = 1e6 * max(made.times.values())
     return times
+
+
+def modelled_glue() -> dict:
+    """The six times, over memory's, of the block glue that has the most to do for its bytes."""
+    bf16, rows = torch.bfloat16, 256 * 37
+    with recording(80, 90) as launches:
+        for width in (1280, 1664):
+            x, residual = empty(rows, width, dtype=bf16), empty(rows, width, dtype=bf16)
+            backward(*add_layer_norm(x, residual, empty(width), empty(width), impl="triton"))
+        bias_gelu(empty(rows, 5120, dtype=bf16), empty(5120), impl="triton")
+    codes, shares = {}, {}
+    for launch in launches:
+        if launch.name in ("add_layer_norm_bwd", "bias_gelu_fwd"):
+            code = codes.get(launch.key()) or compiled(launch)  # two widths are one code
+            codes[launch.key()] = code
+            listing = disassembly(code)
+            times = roofs.roofs(launch, read(launch, code, listing), listing).times
+            label = f"{launch.name} {launch.arguments['D']} {launch.arch}"
+            shares[label] = {name: time / times["memory"] for name, time in times.items()}
+    return shares
 
 
 def print_all() -> None:
@@ -441,6 +462,18 @@ def test_the_stem_is_modelled_within_four_times_its_memory_roof(results):
     stem = results["modelled"]["stem"]
     assert {"patch_copy", "sum_sorted", "mm", "addmm_"} <= set(stem["names"])
     assert all(2 < times <= 4 for times in stem["over"].values()), stem["over"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_glue_is_modelled_near_its_bytes(results, arch):
+    """LayerNorm's backward, of which a row's loads that wait for each other made two to three
+    times its bytes' time, and the exact GELU, which can have more to compute than to move."""
+    glue = results["modelled"]["glue"]
+    assert len(glue) == 6
+    for width in (1280, 1664):
+        assert max(glue[f"add_layer_norm_bwd {width} {arch}"].values()) <= 1.3
+    gelu = glue[f"bias_gelu_fwd 5120 {arch}"]
+    assert max(gelu["issue"], gelu["pipe"]) <= (0.8 if arch == 90 else 1.0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import TypeVar
 
 import torch
@@ -55,8 +55,13 @@ def arch() -> int:
 def sms(device: torch.device) -> int:
     """A GPU's SMs; for launches off CUDA those of the first GPU of their architecture."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        return _sms_of(device)
     return {80: 108, 90: 132, 100: 148}.get(arch(), 132)
+
+
+@cache
+def _sms_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launcher(function: _Launcher) -> _Launcher:
@@ -98,6 +103,11 @@ def rows_of(x: Tensor) -> Tensor:
         return x
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """Memory for a dense result of x's shape and dtype; new_empty takes twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def rows_a_program(rows: int, programs: int, least: int, step: int = 1) -> int:

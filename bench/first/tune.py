@@ -7,6 +7,7 @@ BLOCK sizes, or such a dict itself. They are found by that form, so a new one ne
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -116,8 +117,8 @@ def tables() -> Iterator[tuple[ModuleType, str, Any]]:
 def _is_table(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(str(key).startswith("BLOCK_") for key in value)
-    if not isinstance(value, FunctionType):
-        return False
+    if not isinstance(inspect.unwrap(value) if callable(value) else value, FunctionType):
+        return False  # a cached function is none itself
     returns = value.__annotations__.get("return")
     return getattr(returns, "__name__", returns) == "Config" or (
         returns in (dict[str, int], "dict[str, int]") and "block" in value.__name__

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2_E, cdiv, launcher, rows_a_program, rows_of, sms, sum_partial
+from ..launch import (
+    LOG2_E,
+    cdiv,
+    dense_like,
+    launcher,
+    rows_a_program,
+    rows_of,
+    sms,
+    sum_partial,
+)
 
 # A warp's 16-byte loads in bf16 are 256 columns, which divide the hidden widths in use (1536, 3072,
 # 4096, 5120).
@@ -149,7 +158,7 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """gelu(x + bias), dense."""
     flat = rows_of(x)
     rows, d = flat.shape
-    y = flat.new_empty(x.shape)
+    y = dense_like(x)
     if not x.numel():
         return y
     block_m = _block_m(_FORWARD_ROWS, d)
@@ -171,7 +180,7 @@ def backward(
     """Gradients of x and, where wanted, of bias."""
     d_rows, x_rows = rows_of(dy), rows_of(x)
     rows, d = x_rows.shape
-    dx = x_rows.new_empty(x.shape)
+    dx = dense_like(x)
     block_m, blocks_d = _block_m(_BACKWARD_ROWS, d), cdiv(d, _BLOCK_D)
     strips = max(1, _RESIDENT * sms(x.device) // blocks_d)
     walked = rows_a_program(rows, strips, _LEAST_ROWS, block_m)

@@ -11,13 +11,14 @@ walks its own rows in order; how many walk depends on the GPU's SMs alone.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launcher, rows_a_program, rows_of, sms, sum_partial
+from ..launch import cdiv, dense_like, launcher, rows_a_program, rows_of, sms, sum_partial
 
 _RESIDENT = 4  # programs of a backward on an SM at once, at most: their rows in flight fill memory
 _LEAST_ROWS = 32  # of a backward program where each SM has one: partial sums stay under 1/16
@@ -34,6 +35,7 @@ class Config:
     num_warps: int
 
 
+@cache
 def config_for(width: int, numbers: int) -> Config:
     """The tile for rows of `width` columns, of which a thread holds `numbers` of each tensor.
 
@@ -189,8 +191,8 @@ def forward(
     """(normalised, x + residual), dense; the sum is None where there is no residual."""
     flat = rows_of(x)
     rows, d = flat.shape
-    y = flat.new_empty(x.shape)
-    total = None if residual is None else residual.new_empty(x.shape)
+    y = dense_like(x)
+    total = None if residual is None else dense_like(residual)
     if not x.numel():
         return y, total
     stream = flat if residual is None else rows_of(residual)
@@ -225,8 +227,8 @@ def backward(
     """
     flat, stream = rows_of(dy), rows_of(total)
     rows, d = flat.shape
-    dx = flat.new_empty(dy.shape)
-    d_residual = total.new_empty(dy.shape) if total.dtype != dy.dtype else None
+    dx = dense_like(dy)
+    d_residual = dense_like(total) if total.dtype != dy.dtype else None
     config = config_for(d, 16 if d > 512 else 8)
     # As many on one SM as on another, and all at once: a second wave would wait for the first.
     gpu = sms(flat.device)

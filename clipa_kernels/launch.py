@@ -61,7 +61,8 @@ def sms(device: torch.device) -> int:
 
 @cache
 def _sms_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(device.index)["multiprocessor_count"]
 
 
 def launcher(function: _Launcher) -> _Launcher:

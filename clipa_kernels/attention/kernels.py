@@ -30,6 +30,7 @@ from .kernels_tiles import (
     accumulate,
     config_for,
     constexprs,
+    exp,
     inner,
     load_chunk,
     load_rows,
@@ -69,7 +70,7 @@ def _probabilities(
     s = tl.where(seen, s * scale, -float("inf"))
     # Where a row sees no key, -inf less -inf would be NaN.
     high = tl.maximum(tl.max(s, 1), LOWEST)
-    p = tl.exp(s - high[:, None])
+    p = exp(s - high[:, None])
     # The largest is 1, so a sum below 1 is that of a row without keys.
     return p * (1.0 / tl.maximum(tl.sum(p, 1), 1.0))[:, None]
 

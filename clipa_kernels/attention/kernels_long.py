@@ -29,6 +29,7 @@ from .kernels_tiles import (
     accumulate,
     config_for,
     constexprs,
+    exp,
     forward_config,
     inner,
     load_rows,
@@ -99,8 +100,8 @@ def _attention_long_fwd_kernel(
         # [BLOCK_M, BLOCK_N]
         s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp(s - top[:, None])
-        alpha = tl.exp(m_i - top)
+        p = exp(s - top[:, None])
+        alpha = exp(m_i - top)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = top
         v = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM)
@@ -147,8 +148,8 @@ def _query_block(
         # [BLOCK_M, BLOCK_N]
         s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
         top = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp(s - top[:, None])
-        alpha = tl.exp(m_i - top)
+        p = exp(s - top[:, None])
+        alpha = exp(m_i - top)
         m_i = top
         p_sum = tl.sum(p, 1)
         l_i = l_i * alpha + p_sum
@@ -204,7 +205,7 @@ def _key_block(
         if IS_CAUSAL:
             seen = seen & (offs_n[:, None] <= offs_m[None, :])
         # Masked after the exponential, which may be inf in rows beyond the length.
-        p = tl.where(seen, tl.exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
+        p = tl.where(seen, exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
         dv = accumulate(dv, p, do, PRECISION)
         dp = inner(v, do, PRECISION)
         ds = p * (dp - tl.gather(delta, offs_m, 0)[None, :])

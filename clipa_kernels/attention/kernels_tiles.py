@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, input_precision
+from ..launch import LOG2_E, cdiv, input_precision
 
+LOG2E = tl.constexpr(LOG2_E)
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 # Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
 # products are made by the FMA units, from registers, of which a tile of 32 rows needs too many.
@@ -168,6 +169,13 @@ def store_rows(
     """Write what load_rows reads."""
     for i in tl.static_range(len(CHUNKS)):
         store_chunk(ptr, offs_m, mask_m, stride, turn, x[i], i, CHUNKS, HEAD_DIM)
+
+
+@triton.jit
+def exp(x):
+    """e to the x, 0 where that is below 2^-126: three instructions fewer than tl.exp."""
+    # Not in the scale of scores: of large ones, the rounded product is off by more than 1 is.
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit

@@ -109,29 +109,31 @@ def turn_of(head, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _chunk(
     ptr, offs_m, mask_m, stride, turn,
-    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of rows x the turned columns of a chunk, [rows, width]."""
+    """Pointers and mask of rows x the turned columns of a chunk, [rows, width]; transposed where
+    rows go ACROSS."""
     START: tl.constexpr = CHUNKS[INDEX][0]
     WIDTH: tl.constexpr = CHUNKS[INDEX][1]
-    offs_d = START + tl.arange(0, WIDTH)
-    mask = tl.broadcast_to(mask_m[:, None], (mask_m.shape[0], WIDTH))
-    if START + WIDTH > HEAD_DIM:
-        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    ROWS: tl.constexpr = 0 if ACROSS else 1  # the axis that offsets of rows lack
+    offs_m = tl.expand_dims(offs_m, ROWS)
+    offs_d = tl.expand_dims(START + tl.arange(0, WIDTH), 1 - ROWS)
+    mask = tl.expand_dims(mask_m, ROWS) & (offs_d < HEAD_DIM)
     if HEAD_DIM % 16 == 8:
         offs_d += turn
         if START + WIDTH + 8 > HEAD_DIM:
             offs_d = tl.where(offs_d < HEAD_DIM, offs_d, offs_d - HEAD_DIM)
-    return ptr + (offs_m[:, None] * stride + offs_d[None, :]), mask
+    return ptr + (offs_m * stride + offs_d), mask
 
 
 @triton.jit
 def load_chunk(
     ptr, offs_m, mask_m, stride, turn,
     INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ACROSS: tl.constexpr = False,
 ):  # fmt: skip
     """One chunk of rows of a head, 0 where there is no row or column: [rows, width]."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM)
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM, ACROSS)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
@@ -141,7 +143,7 @@ def store_chunk(
     INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Write what load_chunk reads, in the dtype of the pointer: the one cast."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM)
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM, False)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -153,11 +155,12 @@ def store_chunk(
 def load_rows(
     ptr, offs_m, mask_m, stride, turn,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ACROSS: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows of a head, all chunks."""
+    """Rows of a head, all chunks; where rows go ACROSS, [width, rows] each."""
     x = ()
     for i in tl.static_range(len(CHUNKS)):
-        x += (load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM),)
+        x += (load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM, ACROSS),)
     return x
 
 
@@ -184,6 +187,19 @@ def inner(a, b, PRECISION: tl.constexpr):
     acc = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(a)):
         acc = tl.dot(a[i], tl.trans(b[i]), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b.T over all chunks, fp32, of b that was loaded ACROSS.
+
+    inner's transpose takes b's whole tile into registers before the product; this one takes it
+    from shared memory piece by piece.
+    """
+    acc = tl.dot(a[0], b[0], input_precision=PRECISION)
+    for i in tl.static_range(1, len(a)):
+        acc = tl.dot(a[i], b[i], acc, input_precision=PRECISION)
     return acc
 
 

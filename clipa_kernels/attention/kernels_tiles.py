@@ -23,12 +23,14 @@ SHORT = {2: 64, 4: 16}
 
 @dataclass(frozen=True)
 class Config:
-    """Rows that stay, rows that pass by in a loop, and the launch's num_warps and num_stages."""
+    """Rows that stay, rows that pass by in a loop, and the launch's num_warps, num_stages and
+    maxnreg: told how many registers it may take, ptxas does not spill to fit more blocks."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
@@ -38,7 +40,9 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 16, 4 if head_dim > 112 else 2, 1)  # 2 warps spill on sm_100
         if 96 < head_dim <= 112:
             return Config(16, 32, 8, 1)  # three chunks: steps of 16 spill on sm_90, causal
-        return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
+        if head_dim > 80:
+            return Config(16, 16, 8, 1)  # 4 warps spill on sm_100
+        return Config(16, 16, 4, 1, 255)
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks an SM
     if max_seqlen <= 32:
@@ -55,7 +59,7 @@ def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tiles of the long forward."""
     if itemsize == 4:
         if head_dim > 112:
-            return Config(16, 32, 8, 1)  # 4 warps spill on sm_90
+            return Config(16, 32, 8, 1, 96)  # 4 warps spill on sm_90
         if head_dim > 96:
             return Config(16, 16, 4, 1)  # three chunks: steps of 32 spill on sm_80 and sm_100
         if 64 < head_dim <= 80:

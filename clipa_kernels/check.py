@@ -52,8 +52,9 @@ def require_tensor(function: str, **tensors: object) -> None:
 
 def require_float(function: str, **tensors: Tensor) -> None:
     """TypeError unless all are tensors of floating point, of 16 bits or more."""
-    require_tensor(function, **tensors)
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            require_tensor(function, **{name: tensor})
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TypeError(f"{function}: {name} must be floating point, got {describe(tensor)}")
 
@@ -93,6 +94,8 @@ def as_int(function: str, low: int, high: int, **named: object) -> int:
     """The one named value as an int: an integer, NumPy's too, or a tensor with one integer, whose
     reading waits for its device. TypeError for others, ValueError unless in [low, high)."""
     ((name, value),) = named.items()
+    if type(value) is int and low <= value < high:
+        return value
     if isinstance(value, Tensor) and value.numel() == 1 and _whole(value.dtype):
         named = {name: int(value)}
     elif isinstance(value, Tensor):
@@ -104,6 +107,8 @@ def as_float(function: str, **named: object) -> float:
     """The one named value as a float: a finite number, NumPy's too, or a tensor with one, whose
     reading waits for its device, that needs no gradient. TypeError, ValueError for others."""
     ((name, value),) = named.items()
+    if type(value) is float and abs(value) < float("inf"):
+        return value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         if value.requires_grad:
             came = f"{describe(value)} that requires grad, which would get none"
@@ -120,6 +125,8 @@ def as_float(function: str, **named: object) -> float:
 def as_flag(function: str, **named: object) -> bool:
     """The one named value as a bool: True or False, NumPy's, or 1 or 0; TypeError for others."""
     ((name, value),) = named.items()
+    if value is True or value is False:
+        return value
     known = isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")
     if not isinstance(value, torch.SymBool) and not (known and value in (False, True)):
         came = describe(value) if isinstance(value, Tensor) else repr(value)
@@ -142,16 +149,16 @@ def require_vectors(function: str, **tensors: Tensor) -> None:
 
 def require_same_device(function: str, **tensors: Tensor | None) -> None:
     """ValueError unless all named tensors lie on one device."""
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if len({tensor.device for tensor in present.values()}) > 1:
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         came = ", ".join(f"{name} on {tensor.device}" for name, tensor in present.items())
         raise ValueError(f"{function}: all tensors must be on one device, got {came}")
 
 
 def require_same_dtype(function: str, **tensors: Tensor | None) -> None:
     """TypeError unless all named tensors have one dtype."""
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if len({tensor.dtype for tensor in present.values()}) > 1:
+    if len({tensor.dtype for tensor in tensors.values() if tensor is not None}) > 1:
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         came = ", ".join(f"{name} {tensor.dtype}" for name, tensor in present.items())
         raise TypeError(f"{function}: all of these must have one dtype, got {came}")
 
@@ -185,6 +192,8 @@ def _require_triton(function: str, like: Tensor) -> None:
         raise RuntimeError(
             f'{function}: impl "triton" needs the package triton, got none installed'
         )
+    if like.is_cuda:
+        return
     from .launch import runs_on
 
     if not runs_on(like.device):
@@ -202,7 +211,7 @@ def _require_triton(function: str, like: Tensor) -> None:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether a tensor carries a derivative in forward mode."""
-    return any(
+    return forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in tensors
     )

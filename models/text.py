@@ -71,7 +71,8 @@ class TextTransformer(nn.Module):
         ids, cu_seqlens, max_seqlen = text
         self._check(ids, cu_seqlens, max_seqlen)
         x = self.token_embedding(ids)
-        x = x + self.positional_embedding[_positions(cu_seqlens, ids.shape[0])]
+        # An index's backward takes one row after the other where positions repeat, and all do.
+        x = x + F.embedding(_positions(cu_seqlens, ids.shape[0]), self.positional_embedding)
         x = x.to(autocast_dtype(x.device) or x.dtype)
         x, residual = self.transformer(x, cu_seqlens, max_seqlen, rows)
         return norm(self.ln_final, x, residual, self.impl)[0] @ self.text_projection

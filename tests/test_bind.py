@@ -209,7 +209,7 @@ def launchers() -> dict[str, Callable[[], object]]:
         ),
         "loss over a group": lambda: contrastive.softmax_stats(x, x, one, pairs),
         "sigmoid": lambda: contrastive_grads.sigmoid_pass(x, x, one, one, pairs, wanted),
-        "masks": lambda: masking.choose_patches("grid", 1, [2, 2, 1, 0, 0], (0, 0, 0, 0), device),
+        "masks": lambda: masking.choose_patches("grid", 1, [2, 2, 1, 0, 0], [0] * 4, None, device),
         "stem": lambda: patch_embed.forward(images, None, weight, row, x[:1], 8, 0),
         "stem backward": lambda: patch_embed.backward(token, images, None, weight, 8, 0, 1),
     }

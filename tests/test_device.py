@@ -9,7 +9,8 @@ from pathlib import Path
 import device
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from configs import changed
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipa_kernels import (
@@ -22,7 +23,13 @@ from clipa_kernels import (
     sigmoid_loss,
 )
 from clipa_kernels.packing import Packed
+from data.batches import Batch
 from models import build
+from train import train_step
+from training.build import build_model
+from training.config import preset
+from training.distributed import World
+from training.optim import SpikeGuard, adamw
 
 grads = pytest.importorskip("clipa_kernels.contrastive.kernels_grads")
 MASKS = {
@@ -72,6 +79,27 @@ def test_a_step_waits_for_no_value(dialect, mask, loss, dtype, fake_cuda):
         "clipa::bias_gelu",
         f"clipa::{loss.__name__}",
     }
+
+
+@pytest.mark.parametrize("name", ["emoji", "clipa-v1-b16", "clipa-v2-h14"])
+def test_the_programs_step_waits_for_no_value(name):
+    """train.py's: input, towers, loss, backward, clipping, spikes, AdamW, clamp, and once more.
+    Fakes of the CPU: the backward of CUDA's asks for the driver."""
+    config = changed(preset(name), model__size="demo", optim__skip_above=8.0, run__impl="triton")
+    stage = next(iter(config.stages))
+    side = config.stages[stage].image_size
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    with FakeTensorMode():
+        images = torch.empty(4, side, side, 3, dtype=torch.uint8)
+        ends, longest = torch.empty(5, dtype=torch.int32), config.stages[stage].context
+        ids = torch.empty(4 * longest, dtype=torch.int64)
+        batch = Batch(images, ids, ends, longest, first_sample=0, skipped=0)
+        model = build_model(config, stage)
+        optimizer = adamw(model, config)
+        guard = SpikeGuard(optimizer, config.optim.skip_above)
+        for step in range(2):
+            values = train_step(model, optimizer, batch, step, config, stage, world, guard)
+    assert optimizer.defaults["fused"] and isinstance(values["loss"], FakeTensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -42,6 +42,27 @@ def test_any_key_gives_the_same_bits(mask, key):
     )
 
 
+@masks
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_a_key_of_tensors_gives_the_same_bits(mask, key, impl):
+    """So a CUDA graph, which holds the addresses, draws new masks as they change in place."""
+    whole = dict(first_sample=0) | key
+    device = {name: torch.tensor(signed(value)) for name, value in whole.items()}
+    expected = mask(4, (9, 10), **key, impl="torch")
+    assert torch.equal(mask(4, (9, 10), **device, impl=impl), expected)
+    mixed = whole | dict(step=device["step"])  # what a training step changes
+    assert torch.equal(mask(4, (9, 10), **mixed, impl=impl), expected)
+    device["step"].sub_(1).remainder_(2**32)
+    before = whole | dict(step=(key["step"] - 1) % 2**32)
+    assert torch.equal(mask(4, (9, 10), **mixed, impl=impl), mask(4, (9, 10), **before))
+
+
+def signed(number: int) -> int:
+    """As int64 holds the bits of a number below 2**64."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 def test_an_empty_batch():
     assert random_patches(0, (4, 4), 0.5, seed=0, step=0, impl="triton").shape == (0, 8)
 
@@ -58,8 +79,9 @@ def test_an_unknown_impl():
 
 
 def test_the_operator_passes_opcheck():
-    args = (torch.empty(0), "random", 2, [4, 4, 4, 0, 0], [1, 2, 3], 4)
-    torch.library.opcheck(torch.ops.clipa.choose_patches, args)
+    sizes = torch.empty(0), "random", 2, [4, 4, 4, 0, 0]
+    for key in ([1, 2, 3, 4], None), ([], torch.tensor([1, 3, 4])):
+        torch.library.opcheck(torch.ops.clipa.choose_patches, (*sizes, *key))
 
 
 @masks

@@ -22,7 +22,7 @@ from bench.first.cases import (
 )
 from bench.first.machine import Machine, kept
 from bench.first.report import Check, Line, tried
-from clipa_kernels import contrastive_loss, cu_seqlens_of
+from clipa_kernels import block_patches, contrastive_loss, cu_seqlens_of, random_patches
 from models.transformer import Block
 
 
@@ -38,6 +38,7 @@ def checks(machine: Machine) -> list[Check]:
             ("other devices", elsewhere),
         )
     ]
+    made.append(Check("masks of a graph", partial(masks_replayed, machine)))
     made.append(Check("autocast", partial(autocast, machine)))
     made += [
         Check(f"beyond 2^31 {name}", partial(far, machine, name, tail))
@@ -87,6 +88,20 @@ def replayed(machine: Machine, case: Case) -> Line:
     found = kept(replay())
     machine.wait()
     return _same(found, both(case.ours, leaves, d_out))
+
+
+def masks_replayed(machine: Machine) -> Iterator[Line]:
+    """Token choice in a CUDA graph: the step changes in place, and the masks with it."""
+    step = torch.zeros((), dtype=torch.int64, device=machine.device)
+    for choose in (random_patches, block_patches):
+        key = dict(seed=3, first_sample=7, device=machine.device, impl="triton")
+        draw = partial(choose, 8, (8, 8), 0.5, **key)
+        replay = machine.recorded(partial(draw, step=step))
+        drawn = {}
+        for number in (1, 2):
+            step.fill_(number)
+            drawn[number] = torch.equal(replay(), draw(step=number))
+        yield dict(case=choose.__name__, ok=all(drawn.values()))
 
 
 def without_waiting(machine: Machine, case: Case) -> Line:

@@ -40,6 +40,7 @@ _KERNEL_PATCHES = 1024  # of an image, at most, for the kernel
 
 Grid = tuple[int, int]
 Device = torch.device | str | None
+Scalar = int | Tensor
 
 
 def keep_count(num_patches: int, drop: float) -> int:
@@ -65,9 +66,9 @@ def random_patches(
     grid: Grid,
     drop: float,
     *,
-    seed: int,
-    step: int,
-    first_sample: int = 0,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_sample: int | Tensor = 0,
     device: Device = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -80,12 +81,16 @@ def random_patches(
         seed: key of the run, in [0, 2**64).
         step: training step, in [0, 2**32).
         first_sample: global index of image 0, in [0, 2**48); image b has first_sample + b.
+            seed, step and first_sample may each be an int64 scalar tensor on the device instead,
+            the seed's 64 bits as a signed number: a CUDA graph that holds the call draws new masks
+            as they are changed in place.
         device: of the result.
         impl: "auto", "triton" (one launch, at most 1024 patches) or "torch"; the same bits.
     Returns: int64 [B, K], ascending in each row, K = keep_count(rows * columns, drop).
     Raises:
         TypeError: a size or a part of the key is not an integer, or drop is not a number.
-        ValueError: a size, drop, or a part of the key is out of its range.
+        ValueError: a size, drop, or a part of the key is out of its range (that of a tensor is
+            read on the CPU only).
     Source: FLIP (Li et al. 2023); the count is open_clip's. Equal words go to the lower index.
 
     >>> random_patches(2, (4, 4), 0.75, seed=0, step=0).shape
@@ -94,10 +99,10 @@ def random_patches(
     batch, grid, device = _images("random_patches", batch, grid, device)
     patches = grid[0] * grid[1]
     kept = _keep_count("random_patches", patches, drop)
-    key = seed, step, first = _key("random_patches", batch, seed, step, first_sample)
+    key = seed, step, first = _image_key("random_patches", batch, seed, step, first_sample, device)
     if _kernel("random_patches", impl, grid, device):
         return _launched("random", batch, grid, kept, (0, 0), key, device)
-    samples = torch.arange(first, first + batch, device=device)
+    samples = first + torch.arange(batch, device=device)
     return lowest_columns(draw_bits(seed, step, samples, patches, IMAGE_STREAM), kept)
 
 
@@ -112,9 +117,9 @@ def grid_patches(
     batch: int,
     grid: Grid,
     *,
-    seed: int,
-    step: int,
-    first_sample: int = 0,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_sample: int | Tensor = 0,
     device: Device = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -130,13 +135,13 @@ def grid_patches(
     Source: CLIPA's grid mask, whose figure shows the top left patches.
     """
     batch, grid, device = _images("grid_patches", batch, grid, device)
-    key = seed, step, first = _key("grid_patches", batch, seed, step, first_sample)
+    key = seed, step, first = _image_key("grid_patches", batch, seed, step, first_sample, device)
     if _kernel("grid_patches", impl, grid, device):
         windows = (grid[0] + 1) // 2 * ((grid[1] + 1) // 2)
         return _launched("grid", batch, grid, windows, (0, 0), key, device)
     rows = torch.arange(0, grid[0], 2, device=device)[:, None]
     columns = torch.arange(0, grid[1], 2, device=device)
-    samples = torch.arange(first, first + batch, device=device)
+    samples = first + torch.arange(batch, device=device)
     bits = draw_bits(seed, step, samples, len(rows) * len(columns), IMAGE_STREAM)
     bits = bits.view(batch, len(rows), len(columns))
     # The two upper bits choose; a window cut to one row or column has no second one to choose.
@@ -150,9 +155,9 @@ def block_patches(
     grid: Grid,
     drop: float,
     *,
-    seed: int,
-    step: int,
-    first_sample: int = 0,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_sample: int | Tensor = 0,
     device: Device = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -168,10 +173,10 @@ def block_patches(
     """
     batch, grid, device = _images("block_patches", batch, grid, device)
     tall, wide = _block_shape(*grid, _keep_count("block_patches", grid[0] * grid[1], drop))
-    key = seed, step, first = _key("block_patches", batch, seed, step, first_sample)
+    key = seed, step, first = _image_key("block_patches", batch, seed, step, first_sample, device)
     if _kernel("block_patches", impl, grid, device):
         return _launched("block", batch, grid, tall * wide, (tall, wide), key, device)
-    samples = torch.arange(first, first + batch, device=device)
+    samples = first + torch.arange(batch, device=device)
     free_rows, free_columns = grid[0] - tall + 1, grid[1] - wide + 1
     place = draw_bits(seed, step, samples, 1, IMAGE_STREAM) * (free_rows * free_columns) >> 32
     corner = place // free_columns * grid[1] + place % free_columns
@@ -271,6 +276,26 @@ def _key(f: str, batch: int, seed: int, step: int, first: int) -> tuple[int, int
     return seed, step, *check.require_int(f, 0, 2**48 - batch + 1, first_sample=first)
 
 
+def _image_key(
+    f: str, batch: int, seed: Scalar, step: Scalar, first: Scalar, device: Device
+) -> tuple[Scalar, Scalar, Scalar]:
+    """As _key; a part may be an int64 scalar on the device."""
+    parts = dict(seed=seed, step=step, first_sample=first)
+    read = dict.fromkeys(parts, 0)  # of a tensor what can be read without waiting
+    for name, part in parts.items():
+        if not isinstance(part, Tensor):
+            read[name] = part
+            continue
+        place = torch.empty(0, device=device).device
+        if part.dim() or part.dtype != torch.int64 or part.device != place:
+            came = describe(part)
+            raise TypeError(f"{f}: {name} must be an int or an int64 scalar on {place}, got {came}")
+        if check.readable(part):
+            read[name] = int(part) % 2**64 if name == "seed" else int(part)
+    whole = dict(zip(parts, _key(f, batch, *read.values()), strict=True))
+    return tuple(p if isinstance(p, Tensor) else whole[name] for name, p in parts.items())
+
+
 def _kernel(f: str, impl: str, grid: Grid, device: Device) -> bool:
     """Whether function f launches the kernel; checks impl."""
     chosen = (
@@ -286,23 +311,38 @@ def _kernel(f: str, impl: str, grid: Grid, device: Device) -> bool:
 def _launched(
     mask: str, batch: int, grid: Grid, kept: int, shape: Grid, key: tuple, device: Device
 ) -> Tensor:
-    like, (seed, step, first) = torch.empty(0, device=device), key
-    words = [word - (word >> 31 << 32) for word in (seed & LOW, seed >> 32, step)]  # as int32
-    return torch.ops.clipa.choose_patches(like, mask, batch, [*grid, kept, *shape], words, first)
+    like, sizes = torch.empty(0, device=device), [*grid, kept, *shape]
+    if any(isinstance(part, Tensor) for part in key):
+        parts = [_scalar(part, like.device) for part in key]
+        return torch.ops.clipa.choose_patches(like, mask, batch, sizes, [], torch.stack(parts))
+    words = [_signed(word, 32) for word in (key[0] & LOW, key[0] >> 32, key[1])]
+    return torch.ops.clipa.choose_patches(like, mask, batch, sizes, [*words, key[2]], None)
+
+
+def _scalar(part: Scalar, device: torch.device) -> Tensor:
+    if isinstance(part, Tensor):
+        return part
+    return torch.full((), _signed(part, 64), dtype=torch.int64, device=device)
+
+
+def _signed(word: int, bits: int) -> int:
+    """The number whose two's complement has these bits."""
+    return word - (word >> (bits - 1) << bits)
 
 
 @torch.library.custom_op("clipa::choose_patches", mutates_args=())
 def _choose_patches(
-    like: Tensor, mask: str, batch: int, sizes: list[int], words: list[int], first: int
+    like: Tensor, mask: str, batch: int, sizes: list[int], words: list[int], key: Tensor | None
 ) -> Tensor:
-    """On the device of `like`; sizes: grid, K, rectangle; words: the seed's halves and the step."""
+    """On the device of `like`; sizes: grid, K, rectangle; words: the seed's halves, the step and
+    the first sample, or none, and key, int64 [3], holds the three."""
     from .kernels import choose_patches
 
-    return choose_patches(mask, batch, sizes, (*words, first), like.device)
+    return choose_patches(mask, batch, sizes, words, key, like.device)
 
 
 @_choose_patches.register_fake
-def _(like, mask, batch, sizes, words, first):
+def _(like, mask, batch, sizes, words, key):
     return like.new_empty(batch, sizes[2], dtype=torch.int64)
 
 

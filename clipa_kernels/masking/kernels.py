@@ -35,16 +35,24 @@ def _words(seed, step, sample, columns):
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def _choose_patches_kernel(
-    keep_ptr,
+    keep_ptr, key_ptr,
     seed_low, seed_high, step, first,
     rows, columns, kept, tall, wide,
     MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """keep [B, kept], int64, ascending; tall x wide is the rectangle of "block"."""
+    """keep [B, kept], int64, ascending; tall x wide is the rectangle of "block".
+
+    key: int64 [3], the seed, the step and the first sample; None: they are numbers.
+    """
     image = tl.program_id(0).to(tl.int64)
+    if key_ptr is None:
+        seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+        step = step.to(tl.uint32, bitcast=True)
+    else:
+        seed = tl.load(key_ptr)
+        step = tl.load(key_ptr + 1).to(tl.uint32)
+        first = tl.load(key_ptr + 2)
     sample = first.to(tl.int64) + image
-    seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
-    step = step.to(tl.uint32, bitcast=True)
     patch = tl.arange(0, BLOCK)
     y = patch // columns
     x = patch % columns
@@ -79,12 +87,18 @@ def _choose_patches_kernel(
 
 @launcher
 def choose_patches(
-    mask: str, batch: int, sizes: list[int], key: tuple[int, ...], device: torch.device
+    mask: str,
+    batch: int,
+    sizes: list[int],
+    words: list[int],
+    key: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """int64 [batch, K], ascending, as api.py's mask of that name.
 
-    sizes: grid's rows and columns, K, and the rectangle of "block"; key: the seed's halves and the
-    step as int32 with their bits in place, so a kernel fits all values, and the first sample.
+    sizes: grid's rows and columns, K, and the rectangle of "block"; words: the seed's halves and
+    the step as int32 with their bits in place, so a kernel fits all values, and the first sample;
+    none where key, int64 [3] on the device, holds seed, step and first sample.
     """
     rows, columns, kept, tall, wide = sizes
     keep = torch.empty(batch, kept, dtype=torch.int64, device=device)
@@ -92,8 +106,8 @@ def choose_patches(
         return keep
     block = max(16, triton.next_power_of_2(rows * columns))
     _choose_patches_kernel[(batch,)](
-        keep,
-        *key,
+        keep, key,
+        *(words or [0] * 4),
         rows, columns, kept, tall, wide,
         MASK=mask, BLOCK=block,
         num_warps=_warps(block),

@@ -63,7 +63,7 @@ def philox_uniform(seed: int, step: int, samples: Tensor, count: int, *, stream:
 
 
 def draw_words(
-    seed: int, step: int | Tensor, stream: int, samples: Tensor, blocks: Tensor
+    seed: int | Tensor, step: int | Tensor, stream: int, samples: Tensor, blocks: Tensor
 ) -> Tensor:
     """int64 [..., 4]: the four words of each counter, all but the seed broadcast to [...]."""
     # A step that changes from call to call is no constant to torch.compile: arithmetic on such a
@@ -71,10 +71,10 @@ def draw_words(
     if not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=samples.device)
     counter = (blocks, samples & LOW, step, (samples >> 32 << 16) | stream)
-    return _philox4x32(counter, (seed & LOW, seed >> 32))
+    return _philox4x32(counter, (seed & LOW, seed >> 32 & LOW))
 
 
-def _philox4x32(counter: tuple, key: tuple[int, int]) -> Tensor:
+def _philox4x32(counter: tuple, key: tuple) -> Tensor:
     """Philox4x32-10 of four int64 tensors (or ints) of uint32 values: int64 [..., 4]."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -87,7 +87,9 @@ def _philox4x32(counter: tuple, key: tuple[int, int]) -> Tensor:
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
 
 
-def draw_bits(seed: int, step: int | Tensor, samples: Tensor, count: int, stream: int) -> Tensor:
-    """philox_bits without its checks; the step may be an int64 scalar on the device."""
+def draw_bits(
+    seed: int | Tensor, step: int | Tensor, samples: Tensor, count: int, stream: int
+) -> Tensor:
+    """philox_bits without its checks; seed and step may be int64 scalars on the device."""
     blocks = torch.arange((count + 3) // 4, device=samples.device)
     return draw_words(seed, step, stream, samples[:, None], blocks).flatten(1)[:, :count]

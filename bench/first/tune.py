@@ -156,11 +156,11 @@ def asked(answer: Callable[[Row], Any] = lambda row: row.value) -> Iterator[list
 
 
 def neighbours(value: Any) -> Iterator[Any]:
-    """Half and twice each tile size; num_warps and num_stages are the launches' own."""
+    """Half and twice each tile size; what the compiler is told is the launches' own."""
     names = [field.name for field in fields(value)] if is_dataclass(value) else list(value)
     for name in names:
         now = getattr(value, name) if is_dataclass(value) else value[name]
-        if name in OPTIONS or type(now) is not int:
+        if name in (*OPTIONS, "maxnreg") or type(now) is not int:
             continue
         for other in (now // 2, now * 2):
             if other >= 1:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import arch, cdiv, launcher
+from ..launch import arch, cdiv, dense_like, launcher
 from .kernels_long import long_backward, long_forward
 from .kernels_tiles import (
     GRAD_STRIDES,
@@ -229,8 +229,7 @@ def forward(
     """[T, H, D] in q's dtype, contiguous."""
     q, k, v = (within_reach(t, max_seqlen) for t in (q, k, v))
     cu_seqlens = cu_seqlens.contiguous()
-    # empty_like would keep the order of strides of a transposed q.
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = dense_like(q)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
     grid, launch = _short(

@@ -15,7 +15,6 @@ scratch, no order that could change.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

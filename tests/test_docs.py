@@ -100,6 +100,8 @@ SHORT = {
     "python -m bench.bench_contrastive 8192": "-m bench.bench_contrastive 256",
     "python -m bench.compiled": "-m bench.compiled masking",
     "python -m bench.compiled contrastive": "-m bench.compiled masking",
+    "python -m bench.report bench.json --to report": "-m bench.report {folder}/bench.json "
+    "--to {folder}/page",
     "python -m bench.meters.roofs": "-m bench.meters.roofs gelu --arch 80 --only 'h14 short'",
 }
 # What each prints when it is done.
@@ -123,6 +125,7 @@ SHOWS = {
     "python -m bench.bench_contrastive 8192": "bf16 open_clip ",
     "python -m bench.compiled": "spill st/ld",
     "python -m bench.compiled contrastive": "spill st/ld",
+    "python -m bench.report bench.json --to report": "page.md",
     "python -m bench.meters.roofs": "clipa-v2-h14 short",
 }
 INSTALLS = ('pip install -e ".[train]"', 'pip install -e ".[test]"')  # .ci/run makes both
@@ -157,6 +160,7 @@ def trained(tmp_path_factory):
     (folder / "classes.txt").write_text("colour 3\ncolour 30\n")
     (folder / "names.txt").write_text("red\nblue\n")
     (folder / "templates.txt").write_text("a photo of a {}.\nthe {}\n")
+    (folder / "bench.json").write_text('{"benchmarks": []}')
     for wnid, colour in (("n01440764", "red"), ("n01443537", "blue")):
         (folder / "val" / wnid).mkdir(parents=True)
         Image.new("RGB", (40, 40), colour).save(folder / "val" / wnid / "1.jpeg")

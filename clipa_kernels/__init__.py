@@ -8,6 +8,7 @@ Dimension letters, used in every docstring of the package:
     N rows of the global batch
 """
 
+from .adapters import accelerate, restore
 from .attention import (
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
@@ -52,6 +53,7 @@ __all__ = [
     "PatchDropout",
     "PatchDropoutWithIndices",
     "SigLipLoss",
+    "accelerate",
     "add_layer_norm",
     "add_layer_norm_reference",
     "all_patches",
@@ -73,6 +75,7 @@ __all__ = [
     "philox_uniform",
     "random_patches",
     "random_text",
+    "restore",
     "sigmoid_loss",
     "sigmoid_loss_reference",
     "syntax_text",

@@ -1,0 +1,3 @@
+"""Models of other libraries with the operations of this one inside; and batches in parts."""
+
+from .api import Report, accelerate, restore

@@ -8,7 +8,7 @@ Dimension letters, used in every docstring of the package:
     N rows of the global batch
 """
 
-from .adapters import accelerate, restore
+from .adapters import accelerate, accumulated, restore
 from .attention import (
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
@@ -54,6 +54,7 @@ __all__ = [
     "PatchDropoutWithIndices",
     "SigLipLoss",
     "accelerate",
+    "accumulated",
     "add_layer_norm",
     "add_layer_norm_reference",
     "all_patches",

@@ -154,44 +154,30 @@ class Block:
 def look_at_block(block: nn.Module) -> Block | str | None:
     """What there is to compute, or why the block is left; None for another kind of module."""
     for layout in _LAYOUTS:
-        needed = (*layout.norms, layout.attention, layout.out, *layout.qkv, layout.mlp[0])
-        if all(part_at(block, path) is not None for path in needed):
+        roles = (*layout.norms, layout.attention, layout.out, *layout.qkv, *layout.mlp)
+        if all(part_at(block, path) is not None for path in roles):
             break
     else:
         return None
     if "forward" in block.__dict__:
         return "its forward was replaced already"
-    attention, act = part_at(block, layout.attention), part_at(block, layout.mlp[1])
-    linears = (*layout.qkv, layout.out, layout.mlp[0], layout.mlp[2])
-    norms = [part_at(block, path) for path in layout.norms]
-    parents = {path.rsplit(".", 1)[0] for path in (*linears, layout.mlp[1]) if "." in path}
-    over = (*layout.norms, *linears, layout.mlp[1], layout.attention, *sorted(parents))
-    for path in dict.fromkeys(over):
-        part = part_at(block, path)
-        if part is None:
-            return f"it has no {path}"
-        if hooked(part):
-            return f"hooks of {path} would not run"
-        if path in linears and type(part) not in _LINEAR:
-            return f"{path} is a {type(part).__name__}"
-    if not all(isinstance(norm, nn.LayerNorm) and _affine(norm) for norm in norms):
-        return "a norm is no nn.LayerNorm with weight and bias"
+    called = tuple(path for paths in layout.after for path in paths)
+    over = {  # all that is passed over
+        path: part
+        for path, part in block.named_modules(remove_duplicate=False)
+        if path and not f"{path}.".startswith(tuple(f"{name}." for name in called))
+    }
+    reason = _strange(block, layout, over) or _dropping(over, layout)
+    if reason:
+        return reason
+    act, heads = over[layout.mlp[1]], getattr(over[layout.attention], layout.heads, None)
     gelu = _gelu_of(act)
     if gelu is None:
         return f"{layout.mlp[1]} is a {type(act).__name__}, no GELU"
-    reason = _strange(block, layout, set(over)) or _dropping(block, attention, layout)
-    if reason:
-        return reason
-    heads = getattr(attention, layout.heads, None)
-    size = part_at(block, layout.out).in_features / heads if isinstance(heads, int) and heads else 0
+    size = over[layout.out].in_features / heads if isinstance(heads, int) and heads else 0
     if size not in range(8, 257, 8):
-        return f"its heads are not of 8 to 256 in steps of 8, but {size:g}"
-    parts = tuple((path, type(part_at(block, path))) for path in dict.fromkeys(over))
-    return Block(layout, heads, gelu, parts)
-
-
-def _affine(norm: nn.LayerNorm) -> bool:
-    return norm.weight is not None and norm.bias is not None and norm.weight.dim() == 1
+        return f"its heads are of {size:g}, not of 8 to 256 in steps of 8"
+    return Block(layout, heads, gelu, tuple((path, type(part)) for path, part in over.items()))
 
 
 def _gelu_of(act: nn.Module) -> str | None:
@@ -212,34 +198,41 @@ def _gelu_of(act: nn.Module) -> str | None:
     return None
 
 
-def _strange(block: nn.Module, layout: _Layout, over: set[str]) -> str | None:
-    """A part that has no place in the layout, or a parameter of a part that has no parameters."""
-    called = {path for paths in layout.after for path in paths}
-    for path, part in block.named_modules():
-        if path in over or any(path == c or path.startswith(f"{c}.") for c in called):
-            continue
-        if path and not isinstance(part, (nn.Identity, nn.Dropout)):
-            return f"it holds {path}, a {type(part).__name__}"
-    for path in ("", layout.attention, *{p.rsplit(".", 1)[0] for p in layout.mlp if "." in p}):
-        part = block if not path else part_at(block, path)
+def _strange(block: nn.Module, layout: _Layout, over: dict[str, nn.Module]) -> str | None:
+    """A part that is not what the layout says, has hooks, or has no place in it."""
+    linears = (*layout.qkv, layout.out, layout.mlp[0], layout.mlp[2])
+    roles = (*layout.norms, *linears, layout.mlp[1])
+    for path, part in over.items():
+        kind = type(part).__name__
+        if hooked(part):
+            return f"hooks of {path} would not run"
+        if path in linears and type(part) not in _LINEAR:
+            return f"{path} is a {kind}"
+        if path in layout.norms and not (
+            isinstance(part, nn.LayerNorm) and part.bias is not None and part.bias.dim() == 1
+        ):
+            return f"{path} is a {kind} without weight and bias of one dimension"
+        holds = path == layout.attention or any(role.startswith(f"{path}.") for role in roles)
+        if not (path in roles or holds or isinstance(part, (nn.Identity, nn.Dropout))):
+            return f"it holds {path}, a {kind}"
+    for path, part in {"": block, **over}.items():
         own = {name for name, value in part._parameters.items() if value is not None}
         if path == layout.attention and not layout.qkv:
-            own -= {"in_proj_weight", "in_proj_bias"}
-            if getattr(part, "in_proj_weight", None) is None:
+            if "in_proj_weight" not in own:
                 return f"{path} holds no in_proj_weight"
-        if own:
-            return f"it holds {'.'.join(filter(None, (path, min(own))))}"
+            own -= {"in_proj_weight", "in_proj_bias"}
+        if own and path not in roles:
+            return f"it holds {f'{path}.' if path else ''}{min(own)}"
     return None
 
 
-def _dropping(block: nn.Module, attention: nn.Module, layout: _Layout) -> str | None:
+def _dropping(over: dict[str, nn.Module], layout: _Layout) -> str | None:
     """A dropout that would be passed over."""
-    called = {path for paths in layout.after for path in paths}
-    for path, part in block.named_modules():
-        if isinstance(part, nn.Dropout) and part.p > 0 and path not in called:
+    for path, part in over.items():
+        if isinstance(part, nn.Dropout) and part.p > 0:
             return f"{path} is a dropout of {part.p:g}"
     for name in ("dropout", "attention_dropout"):
-        rate = attention.__dict__.get(name)
+        rate = over[layout.attention].__dict__.get(name)
         if isinstance(rate, Real) and rate > 0:
             return f"{layout.attention} has a dropout of {rate:g}"
     return None
@@ -260,13 +253,13 @@ def mask_owner(model: nn.Module, path: str) -> nn.Module | None:
 
 def run_block(block: nn.Module, plan: Block, *args, **kwargs):
     """A block's forward: the fast one where the call and the parts are known."""
-    x = args[0] if args else None
-    causal = None
-    if isinstance(x, Tensor) and x.dim() == 3 and intact(block, plan.parts):
-        attention = part_at(block, plan.layout.attention)
-        recording = getattr(getattr(attention, "config", None), "output_attentions", False)
-        dropping = block.training and _dropping(block, attention, plan.layout)
-        causal = None if recording or dropping else plan.causal(args[1:], kwargs)
+    x, causal = args[0] if args else None, None
+    if isinstance(x, Tensor) and x.dim() == 3 and x.numel() and intact(block, plan.parts):
+        over = {path: part_at(block, path) for path, _ in plan.parts}
+        config = getattr(over[plan.layout.attention], "config", None)
+        recording = getattr(config, "output_attentions", False)
+        if not recording and not (block.training and _dropping(over, plan.layout)):
+            causal = plan.causal(args[1:], kwargs)
     if causal is None:
         return type(block).forward(block, *args, **kwargs)
     compute = partial(_block, block, plan=plan, causal=causal)
@@ -274,10 +267,8 @@ def run_block(block: nn.Module, plan: Block, *args, **kwargs):
     # backward; its older releases wrap the call.
     again = getattr(block, "gradient_checkpointing", False) and block.training
     if again and torch.is_grad_enabled() and hasattr(type(block).forward, "__wrapped__"):
-        return block._gradient_checkpointing_func(
-            partial(_block, block, plan=plan, causal=causal), x
-        )
-    return _block(block, x, plan, causal)
+        return block._gradient_checkpointing_func(compute, x)
+    return compute(x)
 
 
 def _block(block: nn.Module, x: Tensor, plan: Block, causal: bool) -> Tensor:

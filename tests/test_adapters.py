@@ -2,7 +2,13 @@
 
 import copy
 import io
+import json
+import os
 import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +28,7 @@ timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 WIDTH, DEPTH, HEADS, SIDE, SIZE, CONTEXT, WORDS = 64, 2, 2, 8, 32, 12, 50
 TORCH = dict(width=WIDTH, layers=DEPTH)
 
@@ -552,7 +559,48 @@ def test_a_model_without_memory_and_one_of_other_order():
     torch.testing.assert_close(block(x), expected)
 
 
-# ---- Bytes ----
+# ---- Examples and bytes ----
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "shown"),
+    [
+        ("timm_fine_tune", "--size 32 --batch 8 --steps 5", "blocks.* (12)"),
+        ("hugging_face_clip", "--batch 8 --parts 2 --steps 2", "step 1: loss "),
+    ],
+    ids=["timm", "hugging face"],
+)
+def test_examples(example, options, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [example, *options.split()])
+    runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
+    assert shown in capsys.readouterr().out
+
+
+def test_open_clips_own_training_program(tmp_path):
+    pytest.importorskip("pandas")
+    pytest.importorskip("webdataset")
+    vision = dict(TORCH, head_width=32, patch_size=SIDE, image_size=SIZE)
+    sizes = dict(embed_dim=32, vision_cfg=vision, text_cfg=dict(TORCH, heads=HEADS))
+    (tmp_path / "small.json").write_text(json.dumps(sizes))
+    words = "--model small --force-patch-dropout 0.5 --dataset-type synthetic --epochs 1 "
+    words += "--train-num-samples 16 --batch-size 8 --workers 0 --device cpu --warmup 1 "
+    program = (
+        "import open_clip, runpy, sys; open_clip.add_model_config(sys.argv.pop(1)); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    example = str(ROOT / "examples" / "open_clip_main.py")
+    given = ["-c", f"import sys; sys.argv[0] = sys.argv.pop(1); {program}", example]
+    done = subprocess.run(
+        [sys.executable, *given, str(tmp_path), *words.split(), "--logs", str(tmp_path)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "visual.transformer.resblocks.* (2)" in done.stdout
+    assert "Train Epoch: 0 [16/16 (100%)]" in done.stderr + done.stdout
 
 
 def test_half_of_open_clips_bytes_in_training(interpreted):

@@ -173,6 +173,9 @@ def _check_model(model: nn.Module, impl: str) -> None:
         if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
             came = f"{name} in {str(parameter.dtype).removeprefix('torch.')}"
             raise TypeError(f"accelerate: model must not be quantised, got {came}")
+        if type(parameter.data) is not torch.Tensor:
+            came = f"{name} as {type(parameter.data).__name__}"
+            raise TypeError(f"accelerate: model must hold plain tensors, got {came}")
         like = parameter if like is None else like
     like = torch.empty(0) if like is None else like
     check.choose_impl("accelerate", impl, ("triton", "torch", "reference"), like)

@@ -104,7 +104,8 @@ class Block:
         plan, width = replace(self, impl="torch"), part_at(block, self.layout.out).out_features
         own = Called(block, type(block).forward)
         values = random_weights(block)
-        x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1), device="cpu")
+        like = dict(dtype=torch.float32, device="cpu")
+        x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1), **like)
 
         def ours(causal: bool) -> Tensor:
             called = Called(block, partial(_block, plan=plan, causal=causal))
@@ -128,7 +129,7 @@ class Block:
             word = False
         size = 3 if self._sequence_first(block) else 5
         masked = self.owner is not None and near(
-            ours(True), theirs(attn_mask=torch.full((size, size), float("-inf")).triu(1))
+            ours(True), theirs(attn_mask=torch.full((size, size), float("-inf"), **like).triu(1))
         )
         return dict(word=word) if masked or self.owner is None else dict(word=word, owner=None)
 

@@ -99,12 +99,8 @@ class Stem:
         site, generator = self.site, torch.Generator().manual_seed(1)
         shape = 2, part_at(tower, site.conv).in_channels, *_image_size(tower, site)
         images = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        own = (site.conv.split(".")[0], site.table, site.after)
-        values = {
-            name: value
-            for name, value in random_weights(tower).items()
-            if "." not in name[7:] or any(name[7:].startswith(f"{path}.") for path in own)
-        }
+        needed = (site.conv.split(".")[0], site.table, site.after)
+        values = random_weights(tower, tuple(f"{path}." for path in needed))
         whole = functional_call(Called(tower, partial(_whole, site=site)), values, (images,))
         prefix = sum(token.numel() // token.shape[-1] for token in _prefix(tower, site))
         keep = torch.arange(whole.shape[1] - prefix - 1, -1, -2, device="cpu")

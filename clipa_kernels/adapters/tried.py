@@ -53,16 +53,21 @@ class Called(nn.Module):
         return self.function(self.module, *args, **kwargs)
 
 
-def random_weights(module: nn.Module) -> dict[str, Tensor]:
-    """fp32 values on the CPU for the parameters and buffers of `_Called.module`, whatever the
-    device: a model on "meta" is tried as well, and one whose scales are all but zero."""
+def random_weights(module: nn.Module, paths: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    """fp32 values on the CPU for the parameters and buffers of `Called.module`, whatever the
+    device: a model on "meta" is tried as well, and one whose scales are all but zero.
+
+    paths: submodules whose values are needed, besides the module's own; None needs all.
+    """
     generator = torch.Generator().manual_seed(0)
     values = {}
-    for name, parameter in module.named_parameters():
-        wide = parameter.shape[1:].numel() ** -0.5 if parameter.dim() > 1 else 0.5
-        draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-        values[f"module.{name}"] = draw * wide
-    return values | {f"module.{name}": buffer.cpu() for name, buffer in module.named_buffers()}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if paths is not None and "." in name and not name.startswith(paths):
+            continue
+        wide = tensor.shape[1:].numel() ** -0.5 if tensor.dim() > 1 else 0.5
+        draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+        values[f"module.{name}"] = draw * wide if tensor.is_floating_point() else tensor.cpu()
+    return values
 
 
 def near(actual: Tensor, expected: Tensor) -> bool:
@@ -76,7 +81,7 @@ def tried(module: nn.Module, plan, known: dict):
     """The plan, a Block or a Stem, once it has computed what the module computes, else a sentence
     why the module is left. known: what was found for modules of the same parts and shapes."""
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    kinds = tuple((name, type(part)) for name, part in module.named_modules())
+    kinds = tuple((name, type(part), _settings(part)) for name, part in module.named_modules())
     key = (type(module), shapes, kinds, plan.key)
     if key not in known:
         modes = [(part, part.training) for part in module.modules()]
@@ -92,3 +97,13 @@ def tried(module: nn.Module, plan, known: dict):
                 part.training = mode
     found = known[key]
     return found if isinstance(found, str) else replace(plan, **found)
+
+
+def _settings(module: nn.Module) -> tuple:
+    """The plain values that a module holds, as factors and flags; numbers of layers are no such."""
+    plain = (float, bool, str)
+    return tuple(
+        (name, value)
+        for name, value in sorted(module.__dict__.items())
+        if isinstance(value, plain) and name != "training"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import TypeVar
 
 import torch
@@ -52,6 +52,19 @@ def arch() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def sms(device: torch.device) -> int:
+    """A GPU's SMs; for launches off CUDA those of the first GPU of their architecture."""
+    if device.type == "cuda":
+        return _sms_of(device)
+    return {80: 108, 90: 132, 100: 148}.get(arch(), 132)
+
+
+@cache
+def _sms_of(device: torch.device) -> int:
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(device.index)["multiprocessor_count"]
+
+
 def launcher(function: _Launcher) -> _Launcher:
     """Enters the device of the first tensor or torch.device among a launcher's arguments: Triton
     launches on the current device's stream, and compiles for its architecture, wherever the
@@ -93,10 +106,15 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def rows_a_program(rows: int, programs: int, least: int) -> int:
-    """Rows that each of at most `programs` walks: a multiple of `least`, which bounds the partial
-    sums beside the rows themselves."""
-    return max(least, cdiv(cdiv(rows, programs), least) * least)
+def dense_like(x: Tensor) -> Tensor:
+    """Memory for a dense result of x's shape and dtype; new_empty takes twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def rows_a_program(rows: int, programs: int, least: int, step: int = 1) -> int:
+    """Rows that each of at most `programs` walks: a multiple of `step`, and `least` or more, which
+    bounds the partial sums beside the rows themselves."""
+    return cdiv(max(least, cdiv(rows, programs)), step) * step
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -112,13 +130,14 @@ def _sum_partial_kernel(
     mask_d = offs_d < D
     offs_p = tl.arange(0, BLOCK_P)
     # [BLOCK_P, BLOCK_D]
-    partial_ptrs = partial_ptr + ((offs_p * SUMS + which) * D)[:, None] + offs_d[None, :]
+    offs = ((offs_p * SUMS + which) * D)[:, None] + offs_d[None, :]
     acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
     # One program walks all parts in order: two runs give equal bits.
-    for part in range(0, parts, BLOCK_P):
+    # Four stages: three tiles are on their way while one is added.
+    for part in tl.range(0, parts, BLOCK_P, num_stages=4):
         mask_p = offs_p < parts - part
+        partial_ptrs = partial_ptr + part * SUMS * D + offs
         acc += tl.load(partial_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
-        partial_ptrs += BLOCK_P * SUMS * D
     total = tl.sum(acc, 0)
     if second_ptr is None or which == 0:
         tl.store(first_ptr + offs_d, total.to(first_ptr.dtype.element_ty), mask=mask_d)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from clipa_kernels.masking import block_text, random_text, syntax_text, truncate_text
@@ -120,8 +121,19 @@ class Tokenizer:
         return ids, cu_seqlens.to(torch.int32), int(row.max()) if len(row) else 0
 
     def to_json(self) -> str:
-        """The tokenizer as `tokenizers` writes it; `from_json` reads it back."""
-        return self.tokenizer.to_str()
+        """The tokenizer as `tokenizers` writes it; `from_json` reads it back.
+
+        Its post-processor sets the start and end tokens, so that whoever else reads it gives the
+        same rows.
+        """
+        around = [i for i in (self.start, "$A", self.end) if i is not None]
+        names = {i: self.tokenizer.id_to_token(i) for i in around if i != "$A"}
+        copy = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        copy.post_processor = TemplateProcessing(
+            single=[names.get(i, i) for i in around],
+            special_tokens=[(name, i) for i, name in names.items()],
+        )
+        return copy.to_str()
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":

@@ -264,6 +264,12 @@ def load_weights(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
     if not isinstance(state_dict, Mapping):
         came = type(state_dict).__name__
         raise TypeError(f"load_weights: state_dict must map names to tensors, got {came}")
+    if isinstance(state_dict.get("state_dict"), Mapping):
+        must = 'state_dict must be the weights: of a checkpoint pass its "state_dict"'
+        raise ValueError(f"load_weights: {must}, got {sorted(map(str, state_dict))[:6]}")
+    if any(str(key).startswith("vision_model.") for key in state_dict):
+        must = "names must be open_clip's: pass models.from_hugging_face(state_dict)"
+        raise ValueError(f"load_weights: {must}, got those of Hugging Face's CLIPModel")
     weights = plain_keys(state_dict)
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

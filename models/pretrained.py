@@ -5,6 +5,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         held = _read(path)
     weights = {key: value for key, value in plain_keys(held).items() if key not in _OPENAI}
     if any(key.startswith("vision_model.") for key in weights):
-        weights = _from_hugging_face(weights)
+        weights = from_hugging_face(weights)
     if not all(isinstance(value, Tensor) for value in weights.values()) or not weights:
         raise ValueError(f"read_weights: {path} must map names to tensors, got something else")
     return weights
@@ -109,7 +110,7 @@ def _scripted(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CLIPModel's names and shapes to open_clip's; q, k and v are one product."""
     found: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
@@ -133,3 +134,32 @@ def _from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 key = ours + key[len(theirs) :]
         found[key] = value
     return found | {name: torch.cat([one[x] for x in "qkv"]) for name, one in thirds.items()}
+
+
+def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's names and shapes to CLIPModel's; the inverse of from_hugging_face."""
+    found: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        tower = "vision_model." if key.startswith("visual.") else "text_model."
+        projected = {ours: theirs for theirs, ours in _PROJECTIONS.items()}
+        if key in projected:
+            found[projected[key]] = value.T
+            continue
+        if key in ("logit_scale", "logit_bias"):
+            found[key] = value
+            continue
+        for theirs, ours in _SINGLE.items():
+            if key == ours or (ours.endswith(".") and key.startswith(ours)):
+                key = theirs + key[len(ours) :]
+                break
+        key = tower + key.removeprefix("visual.").replace(
+            "transformer.resblocks.", "encoder.layers."
+        )
+        for theirs, ours in _BLOCK.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+        if third := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", key):
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                found[f"{third[1]}.self_attn.{name}_proj.{third[2]}"] = part
+        else:
+            found[key] = value
+    return found

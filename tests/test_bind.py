@@ -189,11 +189,13 @@ def launchers() -> dict[str, Callable[[], object]]:
     from clipa_kernels.layer_norm import kernels as layer_norm
     from clipa_kernels.masking import kernels as masking
     from clipa_kernels.patch_embed import kernels as patch_embed
+    from clipa_kernels.patch_embed import kernels_table as patch_table
 
     with torch.device("cuda:1") as device:
         x, row, one = torch.empty(16, 16), torch.empty(16), torch.empty(())
         q, ends = torch.empty(16, 1, 64), torch.empty(2, dtype=torch.int32)
-        images, weight, token = torch.empty(1, 3, 8, 8), torch.empty(16, 192), torch.empty(1, 1, 16)
+        images, token = torch.empty(1, 3, 8, 8), torch.empty(1, 1, 16)
+        keep = torch.empty(1, 1, dtype=torch.int64)
         stats = torch.empty(3, 16), torch.empty(2, 16), one
     pairs, wanted, how = (0, 0, 16), (True, True, True, True), (16, False, 1.0)
     return {
@@ -210,8 +212,8 @@ def launchers() -> dict[str, Callable[[], object]]:
         "loss over a group": lambda: contrastive.softmax_stats(x, x, one, pairs),
         "sigmoid": lambda: contrastive_grads.sigmoid_pass(x, x, one, one, pairs, wanted),
         "masks": lambda: masking.choose_patches("grid", 1, [2, 2, 1, 0, 0], [0] * 4, None, device),
-        "stem": lambda: patch_embed.forward(images, None, weight, row, x[:1], 8, 0),
-        "stem backward": lambda: patch_embed.backward(token, images, None, weight, 8, 0, 1),
+        "stem": lambda: patch_embed.patch_copy(images, None, 8, 0, False, 192, 192, x.dtype),
+        "positions": lambda: patch_table.table_grad(token, keep, 1, 0),
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.meters import roofs
-from bench.meters.calls import recorded
+from bench.meters.calls import backward, empty, recorded
 from bench.meters.compiled import (
     ARCHS,
     Row,
@@ -28,7 +28,7 @@ from bench.meters.compiled import (
     table,
 )
 from bench.meters.launches import _Driver, distinct, recording
-from clipa_kernels import add_layer_norm
+from clipa_kernels import add_layer_norm, bias_gelu, patch_embed
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -186,7 +186,35 @@ def modelled(launches) -> dict:
     code = compiled(norm)
     listing = disassembly(code)
     row = roofs.as_json(roofs.roofs(norm, read(norm, code, listing), listing))
-    return dict(unknown=unknown, row=row, loss=modelled_loss(launches))
+    sums = dict(loss=modelled_loss(launches), glue=modelled_glue(), stem=modelled_stem())
+    return dict(unknown=unknown, row=row, **sums)
+
+
+def modelled_stem() -> dict:
+    """The stem's forward and backward on sm_90, batch 4096, over the time that its kept pixels and
+    tokens take to pass once each way; and which kernels and products it is made of."""
+    over, names = {}, set()
+    for label, side, size, kept, width in (
+        ("B/16 half", 16, 224, 98, 768), ("L/16", 16, 96, 36, 1024), ("H/14", 14, 84, 36, 1280),
+        ("bigG/14", 14, 70, 25, 1664),
+    ):  # fmt: skip
+        rows = 1 + (size // side) ** 2
+
+        def call(side=side, size=size, kept=kept, width=width, rows=rows):
+            images = torch.empty(4096, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            keep = torch.empty(4096, kept, dtype=torch.int64)
+            shapes = (width, 3, side, side), (rows, width), (width,)
+            weight, table, token = (
+                torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes
+            )
+            out = patch_embed(images, keep, weight, None, table, token, impl="triton").tokens
+            out.backward(torch.empty_like(out))
+
+        times = roofs.whole(call, 90)
+        least = 2 * 4096 * (kept * 3 * side**2 + (1 + kept) * width * 2)
+        over[label] = sum(times.values()) / (least / roofs.GPUS[90].bandwidth)
+        names |= times.keys()
+    return dict(over=over, names=sorted(names))
 
 
 def modelled_loss(launches) -> dict:
@@ -201,6 +229,26 @@ def modelled_loss(launches) -> dict:
             made = roofs.roofs(launch, read(launch, code, listing), listing)
             times[launch.name] = 1e6 * max(made.times.values())
     return times
+
+
+def modelled_glue() -> dict:
+    """The six times, over memory's, of the block glue that has the most to do for its bytes."""
+    bf16, rows = torch.bfloat16, 256 * 37
+    with recording(80, 90) as launches:
+        for width in (1280, 1664):
+            x, residual = empty(rows, width, dtype=bf16), empty(rows, width, dtype=bf16)
+            backward(*add_layer_norm(x, residual, empty(width), empty(width), impl="triton"))
+        bias_gelu(empty(rows, 5120, dtype=bf16), empty(5120), impl="triton")
+    codes, shares = {}, {}
+    for launch in launches:
+        if launch.name in ("add_layer_norm_bwd", "bias_gelu_fwd"):
+            code = codes.get(launch.key()) or compiled(launch)  # two widths are one code
+            codes[launch.key()] = code
+            listing = disassembly(code)
+            times = roofs.roofs(launch, read(launch, code, listing), listing).times
+            label = f"{launch.name} {launch.arguments['D']} {launch.arch}"
+            shares[label] = {name: time / times["memory"] for name, time in times.items()}
+    return shares
 
 
 def print_all() -> None:
@@ -407,6 +455,25 @@ def test_the_loss_forward_is_modelled_near_its_roofs(results):
     assert set(times) == {"contrastive_fwd", "contrastive_merge", "contrastive_sum"}
     assert times["contrastive_fwd"] <= 2200
     assert times["contrastive_merge"] + times["contrastive_sum"] <= 20
+
+
+def test_the_stem_is_modelled_within_four_times_its_memory_roof(results):
+    """At least twice it: the products' FLOPs alone take as long."""
+    stem = results["modelled"]["stem"]
+    assert {"patch_copy", "sum_sorted", "mm", "addmm_"} <= set(stem["names"])
+    assert all(2 < times <= 4 for times in stem["over"].values()), stem["over"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_glue_is_modelled_near_its_bytes(results, arch):
+    """LayerNorm's backward, of which a row's loads that wait for each other made two to three
+    times its bytes' time, and the exact GELU, which can have more to compute than to move."""
+    glue = results["modelled"]["glue"]
+    assert len(glue) == 6
+    for width in (1280, 1664):
+        assert max(glue[f"add_layer_norm_bwd {width} {arch}"].values()) <= 1.3
+    gelu = glue[f"bias_gelu_fwd 5120 {arch}"]
+    assert max(gelu["issue"], gelu["pipe"]) <= (0.8 if arch == 90 else 1.0)
 
 
 if __name__ == "__main__":

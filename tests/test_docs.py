@@ -74,6 +74,10 @@ SHORT = {
     '--caption-weights "1;3" {flags}',
     'python train.py --data "s3://bucket/pairs/{00000..41407}.tar" --data.cache-gb 200 '
     "--output runs/far": 'train.py --data "{web}/{{0000..0001}}.tar" --data.cache-gb 0.001 {flags}',
+    "python -m models.export runs/b16 exported --to open_clip": "-m models.export {folder}/trained "
+    "{folder}/exported --to open_clip",
+    "python -m models.export runs/b16 exported-hf --to transformers": "-m models.export "
+    "{folder}/trained {folder}/exported-hf --to transformers",
     "python -m data.write photos shards": "-m data.write {folder}/photos {folder}/written",
     'python -m data.index "shards/{00000..41407}.tar"': "-m data.index "
     '"{folder}/{{0000..0001}}.tar"',
@@ -104,6 +108,8 @@ SHOWS = {
     "python evaluate.py runs/emoji": "held-out drawings",
     "python evaluate.py runs/b16 --images imagenet/val --classes imagenet --prompts imagenet "
     "--workers 4": "2 templates x 2 classes; n 2, skipped 0; decoded by 1 process x 2 workers",
+    "python -m models.export runs/b16 exported --to open_clip": "exported is for open_clip",
+    "python -m models.export runs/b16 exported-hf --to transformers": "exported-hf is for transf",
     "python -m data.write photos shards": "40 samples, and sizes.json, in ",
     'python -m data.index "shards/{00000..41407}.tar"': "40 samples",
     'python -m data.shrink "shards/{00000..41407}.tar" small --side 128': "2 shards, and ",
@@ -145,7 +151,8 @@ def run(*words):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    assert "report.png" in run("train.py", *flags(folder / "trained"))
+    pool = ("--model.pool", "cls")  # as Hugging Face's CLIPModel
+    assert "report.png" in run("train.py", *flags(folder / "trained"), *pool)
     (folder / "photos").mkdir()
     (folder / "classes.txt").write_text("colour 3\ncolour 30\n")
     (folder / "names.txt").write_text("red\nblue\n")

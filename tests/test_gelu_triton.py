@@ -49,8 +49,31 @@ def test_large_inputs_stay_finite(form):
     torch.testing.assert_close(slope, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), rtol=0, atol=1e-30)
 
 
+@all_forms
+def test_infinity_and_what_is_not_a_number(form):
+    x = torch.tensor([[-torch.inf, -3e38, 3e38, torch.inf, torch.nan]], requires_grad=True)
+    y = triton(form)(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert y[0, :4].tolist() == [0.0, 0.0, x[0, 2], torch.inf] and y[0, 4].isnan()
+    assert slope[0, :4].tolist() == [0.0, 0.0, 1.0, 1.0] and slope[0, 4].isnan()
+
+
+@all_forms
+def test_digits(form):
+    """Right to half a unit in the last place of numbers just below 10; slopes to two of 1."""
+    x = torch.linspace(-10, 10, 1 << 16).view(-1, 256).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    y, exact = triton(form)(x), reference(form)(exact_x)
+    (slope,), (exact_slope,) = (
+        torch.autograd.grad(out.sum(), at) for out, at in ((y, x), (exact, exact_x))
+    )
+    assert (y - exact).abs().max() <= 5e-7
+    assert (slope - exact_slope).abs().max() <= 2.5e-7
+
+
 def test_strips_of_any_height(monkeypatch):
-    monkeypatch.setattr(kernels, "_STRIPS", 3)
+    monkeypatch.setattr(kernels, "sms", lambda device: 3)
+    monkeypatch.setattr(kernels, "_RESIDENT", 2)  # 6 programs: 3 strips of 2 blocks of columns
     monkeypatch.setattr(kernels, "_LEAST_ROWS", 1)
     check_op(triton("none"), reference("none"), inputs((101, 300)), torch.float32)
 

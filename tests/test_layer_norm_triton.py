@@ -44,7 +44,8 @@ def test_a_large_mean_costs_no_digits():
 
 @pytest.mark.parametrize("rows", [15, 16, 17, 101])
 def test_programs_that_walk_several_tiles(rows, monkeypatch):
-    monkeypatch.setattr(kernels, "_PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "sms", lambda device: 2)
+    monkeypatch.setattr(kernels, "_RESIDENT", 1)
     monkeypatch.setattr(kernels, "_LEAST_ROWS", 1)
     check_op(triton, add_layer_norm_reference, inputs((rows, 40)), torch.float32)
 

@@ -7,6 +7,7 @@ from test_patch_embed import MEAN, STD, inputs, tokens
 from tolerance import check_op
 
 from clipa_kernels import patch_embed, patch_embed_reference
+from clipa_kernels.patch_embed import api
 
 kernels = pytest.importorskip("clipa_kernels.patch_embed.kernels")
 MEAN, STD = MEAN.to(DEVICE), STD.to(DEVICE)
@@ -31,12 +32,10 @@ def test_matches_the_reference(side, raw, prefix, kept, dtype):
     check(tensors, dtype, **(dict(mean=MEAN, std=STD) if raw else {}))
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float16), (90, torch.float32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["hwc", "chw", "cropped", "odd rows"])
 @pytest.mark.parametrize("side", [8, 14, 16], ids=["p8", "p14", "p16"])
-def test_layouts(side, layout, arch, dtype, monkeypatch):
-    """sm_80 reads patches of 8 and 16 pixels in words."""
-    monkeypatch.setattr(kernels, "arch", lambda: arch)
+def test_layouts(side, layout, dtype):
     tensors = inputs(side=side, batch=2, width=40, grid=2, kept=3)
     if layout == "chw":
         tensors["images"] = tensors["images"].contiguous()
@@ -46,15 +45,15 @@ def test_layouts(side, layout, arch, dtype, monkeypatch):
     elif layout == "odd rows":  # which begin at any byte of a word
         large = torch.randint(256, (2, 2 * side + 1, 2 * side + 3, 3), dtype=torch.uint8)
         tensors["images"] = large[:, : 2 * side, : 2 * side].permute(0, 3, 1, 2)
-        assert kernels._layout(tensors["images"], side)[1]["SHIFTED"]
+        assert kernels._layout(tensors["images"], side, True)[1]["SHIFTED"]
     check(tensors, dtype, mean=MEAN, std=STD)
 
 
 @pytest.mark.parametrize("kept", [0, 7], ids=["all", "seven"])
 @pytest.mark.parametrize("most", [64, 0], ids=["product", "sorted"])
-def test_many_tiles_and_splits(most, kept, monkeypatch):
-    """With either way to the gradient of the positions."""
-    monkeypatch.setattr(kernels, "_MOST_BY_PRODUCT", most)
+def test_many_tiles(most, kept, monkeypatch):
+    """With positions as columns of the product, and added before it."""
+    monkeypatch.setattr(api, "MOST_BY_PRODUCT", most)
     check(inputs(batch=33, width=72, kept=kept), torch.float32, mean=MEAN, std=STD)
 
 
@@ -95,10 +94,12 @@ def test_compiles_in_one_graph():
 
 
 @pytest.mark.parametrize("raw", [True, False], ids=["uint8", "float"])
-def test_operators_pass_opcheck(raw):
-    t = inputs(raw=raw)
+@pytest.mark.parametrize("kept", [0, 5], ids=["all", "five"])
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "table"])
+def test_operators_pass_opcheck(raw, kept, columns):
+    t = inputs(raw=raw, kept=kept)
     images = t["images"] if raw else t["images"].requires_grad_()
-    weight, table = torch.randn(24, 48, requires_grad=True), torch.randn(10, 24, requires_grad=True)
-    weight = torch.randn(24, 64, requires_grad=True) if raw else weight
-    args = (images, t["keep"], weight, torch.randn(24, requires_grad=True), table, 4, 1)
+    weight = torch.randn(24, 64 if columns else 48, requires_grad=True)
+    table = None if columns else torch.randn(10, 24, requires_grad=True)
+    args = (images, t["keep"], weight, table, 4, 1, 48)
     torch.library.opcheck(torch.ops.clipa.patch_embed_tokens, args)

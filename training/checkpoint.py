@@ -6,6 +6,7 @@ A file is a dict in open_clip's layout with a little more:
                                             the place of the stage among all, from 0
     stage, step                             name, and steps of this stage that are done
     config, tokenizer                       JSON texts
+    open_clip                               JSON text of open_clip's config, or why it has none
     rng, metrics, spikes                    generator states; numbers to carry on
 
 It is written beside its place, flushed to the disk and renamed, so a file with the final name is
@@ -59,6 +60,7 @@ def pack_state(
     tokenizer: str = "",
     metrics: dict | None = None,
     spikes: dict | None = None,
+    open_clip: str = "",
 ) -> dict:
     """The state that `save` writes and `restore` puts back, the same however it lies in parts.
 
@@ -73,6 +75,7 @@ def pack_state(
         tokenizer: JSON text of the tokenizer, so that the checkpoint alone can be evaluated.
         metrics: plain numbers, texts, lists and dicts.
         spikes: of SpikeGuard.
+        open_clip: of `models.export`, for those who build the model elsewhere.
     """
     return {
         "epoch": config.number(stage),
@@ -83,6 +86,7 @@ def pack_state(
         "step": step,
         "config": to_json(config),
         "tokenizer": tokenizer,
+        "open_clip": open_clip,
         "metrics": metrics or {},
         "spikes": spikes or {},
         "rng": rng_state(),
@@ -147,6 +151,8 @@ def weights(state: dict) -> dict[str, Tensor]:
 def save(folder: str | Path, state: dict, step: int, keep: int = 2, keep_every: int = 0) -> Path:
     """Write `<folder>/<number>-<stage>-<step>.pt` whole or not at all, then delete what is too old.
 
+    The .json of the same name is open_clip's config of the model, as in open_clip_config.json.
+
     The newest `keep` whole checkpoints of the stage stay, the last one of each earlier stage, and
     those at multiples of `keep_every` steps. Call it on rank 0 only.
 
@@ -166,6 +172,9 @@ def save(folder: str | Path, state: dict, step: int, keep: int = 2, keep_every: 
     folder = Path(folder)
     path = folder / f"{state['epoch'] + 1}-{state['stage']}-{step:08d}.pt"
     try:
+        if state.get("open_clip"):
+            with write_whole(_beside(path)) as file:
+                file.write(state["open_clip"].encode())
         with write_whole(path, sync=True) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
@@ -227,6 +236,12 @@ def _prune(folder: Path, newest: Path, keep: int, keep_every: int) -> None:
             kept[stage] = kept.get(stage, 0) + 1
         else:
             path.unlink(missing_ok=True)
+            _beside(path).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """What open_clip builds the model of a checkpoint from."""
+    return path.with_suffix(".json")
 
 
 def _order(path: Path) -> tuple[int, int]:
@@ -339,6 +354,8 @@ def set_aside(folder: str | Path, after: str | Path | None = None) -> Path | Non
     target.mkdir()
     for path in newer:
         path.rename(target / path.name)
+        if _beside(path).is_file():
+            _beside(path).rename(target / _beside(path).name)
     return target
 
 

@@ -27,13 +27,14 @@ from data.emoji import EmojiPairs, prompts_of
 from data.files import write_whole
 from data.text import Tokenizer
 from models import CLIP, forward_flops
+from models.export import described
 
 from . import checkpoint, report
 from .build import build_model
 from .config import Config, flat, to_json
 from .distributed import WIRES, Alarm, World, autocast_dtype, exchange_seconds
 from .evaluation import Encoder, evaluate, table
-from .optim import SpikeGuard, learning_rate
+from .optim import SpikeGuard, learning_rate, unwrap
 from .shard import unsharded
 from .watch import Watch, advice
 
@@ -170,6 +171,7 @@ class Run:
             tokenizer=self.tokenizer.to_json(),
             metrics=self.metrics,
             spikes=self.guard.state() if self.guard else {},
+            open_clip=described(unwrap(model), self.tokenizer.end, self.tokenizer.vocab_size),
         )
         if self.world.is_main:
             cuda = self.world.device.type == "cuda"

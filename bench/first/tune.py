@@ -7,6 +7,7 @@ BLOCK sizes, or such a dict itself. They are found by that form, so a new one ne
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -116,8 +117,8 @@ def tables() -> Iterator[tuple[ModuleType, str, Any]]:
 def _is_table(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(str(key).startswith("BLOCK_") for key in value)
-    if not isinstance(value, FunctionType):
-        return False
+    if not isinstance(inspect.unwrap(value) if callable(value) else value, FunctionType):
+        return False  # a cached function is none itself
     returns = value.__annotations__.get("return")
     return getattr(returns, "__name__", returns) == "Config" or (
         returns in (dict[str, int], "dict[str, int]") and "block" in value.__name__
@@ -155,11 +156,11 @@ def asked(answer: Callable[[Row], Any] = lambda row: row.value) -> Iterator[list
 
 
 def neighbours(value: Any) -> Iterator[Any]:
-    """Half and twice each tile size; num_warps and num_stages are the launches' own."""
+    """Half and twice each tile size; what the compiler is told is the launches' own."""
     names = [field.name for field in fields(value)] if is_dataclass(value) else list(value)
     for name in names:
         now = getattr(value, name) if is_dataclass(value) else value[name]
-        if name in OPTIONS or type(now) is not int:
+        if name in (*OPTIONS, "maxnreg") or type(now) is not int:
             continue
         for other in (now // 2, now * 2):
             if other >= 1:

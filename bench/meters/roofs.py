@@ -17,7 +17,8 @@ Counted: instructions, from the SASS, each as often as its loops run; trip count
 from the launch's arguments; blocks an SM from registers and shared memory. A round is a global load
 that waits for an earlier one, in a loop one an iteration; loads straight to shared memory count as
 fetched ahead. Guessed: the 800 ns, the 2.2 clocks and the 45, to +-40%; and that all programs do
-the same, the code of rare branches left out. sm_100 is not read: tcgen05 hides its sizes.
+the same, the code of rare branches left out. sm_100 is not read: tcgen05 hides its sizes. `whole`
+adds torch's operators: a library's product is taken to reach 0.7 of the peak.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 
 from bench.meters.calls import recorded
 from bench.meters.compiled import Row, compiled, disassembly, read
-from bench.meters.launches import Launch, distinct
+from bench.meters.launches import Launch, distinct, recording
+from bench.meters.torch_ops import TorchCounter
 
 
 class Gpu(NamedTuple):
@@ -56,6 +59,7 @@ GPUS = {
 }
 ROUND, INSTRUCTION, BARRIER = 800e-9, 2.2, 45  # seconds, clocks, clocks
 MMA_SYNC_ON_90 = 0.62  # of the peak, which takes wgmma
+LIBRARY = 0.7  # of the peak, that products of torch's library reach
 L2 = 5120  # bytes a clock
 
 FMA = {"FFMA", "FMUL", "FADD", "FFMA2", "HFMA2", "HADD2", "HMUL2"}
@@ -124,8 +128,6 @@ TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "add_layer_norm_bwd": lambda a: (a["rows_a_program"] / a["BLOCK_M"],),
     "bias_gelu_bwd": lambda a: (a["rows_a_program"] / a["BLOCK_M"],),
     "sum_partial": lambda a: (_cdiv(a["parts"], a["BLOCK_P"]),),
-    "patch_embed_fwd": lambda a: (a["K"] / a["BLOCK_K"],),
-    "patch_embed_bwd_weight": lambda a: (a["walked"] / a["BLOCK_M"],),
     "sum_sorted": lambda a: (
         a["order_ptr"].numel() / (a["ends_ptr"].numel() - 1) / a["BLOCK_R"],
     ),
@@ -138,8 +140,6 @@ TRIPS: dict[str, Callable[[dict[str, Any]], tuple[float, ...]]] = {
     "contrastive_sum": lambda a: (_cdiv(a["parts"], a["BLOCK"]),),
     "choose_patches": lambda a: (42,) if a["MASK"] == "random" else (),
 }  # fmt: skip
-# Programs of these do one of two things; the few that do the second are left out.
-TWO_PARTS = {"patch_embed_fwd", "patch_embed_bwd_weight"}
 # Instructions of the branch that only tiles on the diagonal take.
 DIAGONAL = {"contrastive_fwd": range(60, 700)}
 # What an iteration has one of, where ptxas unrolls the loop.
@@ -173,7 +173,7 @@ def roofs(launch: Launch, row: Row, listing: str) -> Roofs:
     """The roofs of a launch whose row and disassembly are given."""
     code, gpu = instructions(listing), GPUS[launch.arch]
     trips = TRIPS.get(launch.name, lambda a: ())(launch.arguments)
-    loops = _loops(code, launch.name in TWO_PARTS)
+    loops = _loops(code)
     runs = _runs(code, loops, trips, launch.name)
     busy, flops, asked = _work(code, runs, gpu)
     grid = math.prod(launch.grid)
@@ -218,14 +218,31 @@ def least_bytes(launch: Launch) -> float:
     return sum(sizes.values())
 
 
-def _loops(code: list[Instruction], two_parts: bool) -> list[tuple[int, int]]:
+def whole(call: Callable[[], None], arch: int) -> dict[str, float]:
+    """Modelled seconds of all that a call does, by kernel and by torch's operator: of a launch the
+    largest of six, of an operator the larger of its bytes and its FLOPs (16 bits) at LIBRARY."""
+    gpu, times = GPUS[arch], Counter[str]()
+    with recording(arch) as launches, TorchCounter() as counter:
+        call()
+    for launch in launches:
+        code = compiled(launch)
+        listing = disassembly(code)
+        made = roofs(launch, read(launch, code, listing), listing)
+        times[launch.name] += max(made.times.values())
+    for op in counter.ops.values():
+        if f"clipa::{op.name}" not in OPDEFS:  # ours consist of what is listed
+            moved = (op.read + op.written) / gpu.bandwidth
+            times[op.name] += max(moved, op.flops / (LIBRARY * gpu.tensor))
+    return dict(times)
+
+
+def _loops(code: list[Instruction]) -> list[tuple[int, int]]:
     """(first, last) instruction of each loop: backward branches, but for the one that ends all, and
     for returns from code that lies behind a loop: they begin in it and end outside."""
     places = {one.address: place for place, one in enumerate(code)}
-    end = _end(code) if two_parts else len(code)
     loops = sorted(
         (places[one.target()], place)
-        for place, one in enumerate(code[:end])
+        for place, one in enumerate(code)
         if one.target() in places and places[one.target()] < place
     )
     return [
@@ -235,20 +252,13 @@ def _loops(code: list[Instruction], two_parts: bool) -> list[tuple[int, int]]:
     ]
 
 
-def _end(code: list[Instruction]) -> int:
-    """One behind the first EXIT that all take."""
-    exits = (i for i, one in enumerate(code) if one.name == "EXIT" and not one.predicate)
-    return next(exits, len(code) - 1) + 1
-
-
 def _runs(
     code: list[Instruction], loops: list[tuple[int, int]], trips: tuple[float, ...], name: str
 ) -> list[float]:
     """How often a warp executes each instruction."""
-    end = _end(code) if name in TWO_PARTS else len(code)
-    runs = [1.0 if place < end and one.name != "NOP" else 0.0 for place, one in enumerate(code)]
+    runs = [1.0 if one.name != "NOP" else 0.0 for one in code]
     places = {one.address: place for place, one in enumerate(code)}
-    for place, one in enumerate(code[:end]):  # branches that few take
+    for place, one in enumerate(code):  # branches that few take
         to = places.get(one.target(), 0)
         inside = any(place < first < to for first, _ in loops)
         if one.predicate and to - place in DIAGONAL.get(name, ()) and not inside:

@@ -26,7 +26,7 @@ WRITES_ONLY = {
     "rand", "randint", "randn", "random", "uniform", "zero", "zeros", "new_full", "new_ones",
     "new_zeros",
 }  # fmt: skip
-# Reads what it picks out of the first tensor, not all of it.
+# Reads what it picks out of the first tensor, at most all of it.
 PICKS = {"embedding", "gather", "index", "index_select", "take"}
 # Writes what it picks out of the first tensor, not all of it.
 SCATTERS = {
@@ -184,7 +184,7 @@ def _traffic(
     if name.removesuffix("_").removesuffix("_like") in WRITES_ONLY or kwargs.get("beta") == 0:
         return _bytes(rest), _bytes(written)  # beta 0: what addmm and baddbmm add is not read
     if name in PICKS:
-        return _bytes(rest) + _bytes(written), _bytes(written)
+        return _bytes(rest) + min(_bytes(first), _bytes(written)), _bytes(written)
     if name in SCATTERS:
         moved = max((tensor.numel() for tensor in rest), default=0) * first[0].element_size()
         adds = "add" in name or kwargs.get("accumulate") or any(arg is True for arg in args[3:4])

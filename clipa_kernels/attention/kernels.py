@@ -4,6 +4,7 @@
             64 rows, or several of 8 tokens and fewer under a block-diagonal mask. Softmax needs no
             rescaling. The backward makes scores and statistics again, rowsum(P * dP) instead of
             rowsum(O * dO), so q, k, v and dO are read once and each gradient is written once.
+            All that fits beside its neighbours in shared memory is asked for before the first wait.
     long    see kernels_long.py
 
 Short attention is bound by memory, L / 2 operations a byte, so the empty part of a tile is nearly
@@ -14,12 +15,11 @@ scratch, no order that could change.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launcher
+from ..launch import arch, cdiv, dense_like, launcher
 from .kernels_long import long_backward, long_forward
 from .kernels_tiles import (
     GRAD_STRIDES,
@@ -30,10 +30,12 @@ from .kernels_tiles import (
     accumulate,
     config_for,
     constexprs,
+    exp,
     inner,
     load_chunk,
     load_rows,
     placed,
+    product,
     scaled,
     sequence,
     store_chunk,
@@ -69,26 +71,26 @@ def _probabilities(
     s = tl.where(seen, s * scale, -float("inf"))
     # Where a row sees no key, -inf less -inf would be NaN.
     high = tl.maximum(tl.max(s, 1), LOWEST)
-    p = tl.exp(s - high[:, None])
+    p = exp(s - high[:, None])
     # The largest is 1, so a sum below 1 is that of a row without keys.
     return p * (1.0 / tl.maximum(tl.sum(p, 1), 1.0))[:, None]
 
 
 @triton.jit
-def _inner(
+def _load_and_multiply(
     a, ptr, offs_m, mask_m, stride, turn,
     APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a @ b.T with b read here, its chunks one by one where APART, fp32."""
+    """a @ b.T with b read here, where APART chunk by chunk, fp32."""
     if APART:
-        b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, CHUNKS, HEAD_DIM)
-        acc = tl.dot(a[0], tl.trans(b), input_precision=PRECISION)
+        b = load_chunk(ptr, offs_m, mask_m, stride, turn, 0, CHUNKS, HEAD_DIM, ACROSS=True)
+        acc = tl.dot(a[0], b, input_precision=PRECISION)
         for i in tl.static_range(1, len(CHUNKS)):
-            b = load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM)
-            acc = tl.dot(a[i], tl.trans(b), acc, input_precision=PRECISION)
+            b = load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM, ACROSS=True)
+            acc = tl.dot(a[i], b, acc, input_precision=PRECISION)
     else:
-        b = load_rows(ptr, offs_m, mask_m, stride, turn, CHUNKS, HEAD_DIM)
-        acc = inner(a, b, PRECISION)
+        b = load_rows(ptr, offs_m, mask_m, stride, turn, CHUNKS, HEAD_DIM, ACROSS=True)
+        acc = product(a, b, PRECISION)
     return acc
 
 
@@ -121,7 +123,7 @@ def _attention_short_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    EARLY: tl.constexpr, APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o of one tile; strides in UNIT elements."""
@@ -132,24 +134,21 @@ def _attention_short_fwd_kernel(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
     )
     token = first * UNIT
+    q_ptr += token * stride_qt + head * stride_qh
+    k_ptr += token * stride_kt + head * stride_kh
+    v_ptr += token * stride_vt + head * stride_vh
     offs_m = tl.arange(0, BLOCK)
     mask_m = offs_m < length
-    # [BLOCK, D] in chunks
-    q = load_rows(
-        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
-        CHUNKS, HEAD_DIM,
-    )  # fmt: skip
+    # [BLOCK, D] in chunks, k transposed
+    q = load_rows(q_ptr, offs_m, mask_m, stride_qt * UNIT, turn, CHUNKS, HEAD_DIM)
+    k = load_rows(k_ptr, offs_m, mask_m, stride_kt * UNIT, turn, CHUNKS, HEAD_DIM, ACROSS=True)
+    if EARLY > 1:
+        v = load_rows(v_ptr, offs_m, mask_m, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM)
     # [BLOCK, BLOCK]
-    s = _inner(
-        q, k_ptr + token * stride_kt + head * stride_kh,
-        offs_m, mask_m, stride_kt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
+    s = product(q, k, PRECISION)
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
-    # Only now, so that v takes no registers while the scores are made.
-    v = load_rows(
-        v_ptr + token * stride_vt + head * stride_vh, offs_m, mask_m, stride_vt * UNIT, turn,
-        CHUNKS, HEAD_DIM,
-    )  # fmt: skip
+    if EARLY < 2:  # where k was
+        v = load_rows(v_ptr, offs_m, mask_m, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM)
     _store_product(
         o_ptr, token, head, stride_ot, stride_oh, offs_m, mask_m, turn,
         1.0, p, v, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
@@ -165,7 +164,7 @@ def _attention_short_bwd_kernel(
     stride_gt, stride_gh,
     scale,
     UNIFORM: tl.constexpr, PACK: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    EARLY: tl.constexpr, APART: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of one tile; strides in UNIT elements, those of the three gradients alike."""
@@ -175,33 +174,36 @@ def _attention_short_bwd_kernel(
         cu_seqlens_ptr, (tl.program_id(0) // H).to(tl.int64), T, max_seqlen, UNIFORM, PACK
     )
     token = first * UNIT
+    q_ptr += token * stride_qt + head * stride_qh
+    k_ptr += token * stride_kt + head * stride_kh
+    v_ptr += token * stride_vt + head * stride_vh
+    do_ptr += token * stride_ot + head * stride_oh
     offs_m = tl.arange(0, BLOCK)
     mask_m = offs_m < length
-    # [BLOCK, D] in chunks
-    q = load_rows(
-        q_ptr + token * stride_qt + head * stride_qh, offs_m, mask_m, stride_qt * UNIT, turn,
-        CHUNKS, HEAD_DIM,
-    )  # fmt: skip
-    k = load_rows(
-        k_ptr + token * stride_kt + head * stride_kh, offs_m, mask_m, stride_kt * UNIT, turn,
-        CHUNKS, HEAD_DIM,
-    )  # fmt: skip
+    # [BLOCK, D] in chunks, v transposed. k last: its two forms, plain and transposed, are made as
+    # it comes, and what is asked for later waits.
+    q = load_rows(q_ptr, offs_m, mask_m, stride_qt * UNIT, turn, CHUNKS, HEAD_DIM)
+    if EARLY > 0:
+        do = load_rows(do_ptr, offs_m, mask_m, stride_ot * UNIT, turn, CHUNKS, HEAD_DIM)
+    if EARLY > 1:
+        v = load_rows(v_ptr, offs_m, mask_m, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM, ACROSS=True)
+    k = load_rows(k_ptr, offs_m, mask_m, stride_kt * UNIT, turn, CHUNKS, HEAD_DIM)
     # [BLOCK, BLOCK]
     s = inner(q, k, PRECISION)
     p = _probabilities(s, offs_m, length, max_seqlen, scale, PACK, IS_CAUSAL)
-    do = load_rows(
-        do_ptr + token * stride_ot + head * stride_oh, offs_m, mask_m, stride_ot * UNIT, turn,
-        CHUNKS, HEAD_DIM,
-    )  # fmt: skip
+    if EARLY == 0:
+        do = load_rows(do_ptr, offs_m, mask_m, stride_ot * UNIT, turn, CHUNKS, HEAD_DIM)
     if APART:  # before v comes, which would need registers beside dO and its product
         _store_product(
             dv_ptr, token, head, stride_gt, stride_gh, offs_m, mask_m, turn,
             1.0, tl.trans(p.to(q[0].dtype)), do, BLOCK, APART, CHUNKS, HEAD_DIM, UNIT, PRECISION,
         )  # fmt: skip
-    dp = _inner(
-        do, v_ptr + token * stride_vt + head * stride_vh,
-        offs_m, mask_m, stride_vt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION,
-    )  # fmt: skip
+    if EARLY > 1:
+        dp = product(do, v, PRECISION)
+    else:
+        dp = _load_and_multiply(
+            do, v_ptr, offs_m, mask_m, stride_vt * UNIT, turn, APART, CHUNKS, HEAD_DIM, PRECISION
+        )
     # rowsum(P * dP) is rowsum(O * dO), and O is not there.
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q[0].dtype)
     if not APART:  # one chunk: earlier it takes a block from sm_80
@@ -226,8 +228,7 @@ def forward(
     """[T, H, D] in q's dtype, contiguous."""
     q, k, v = (within_reach(t, max_seqlen) for t in (q, k, v))
     cu_seqlens = cu_seqlens.contiguous()
-    # empty_like would keep the order of strides of a transposed q.
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = dense_like(q)
     if max_seqlen > SHORT[q.element_size()]:
         return long_forward(q, k, v, cu_seqlens, out, max_seqlen, causal, scale)
     grid, launch = _short(
@@ -285,6 +286,16 @@ def pack_for(max_seqlen: int, uniform: bool) -> int:
     return 16 // max_seqlen if uniform and 0 < max_seqlen <= 8 else 1
 
 
+def _early(name: str, head_dim: int, itemsize: int, max_seqlen: int) -> int:
+    """What is asked for beside q and k before the first wait: 0 nothing, 1 dO, 2 dO and v."""
+    if itemsize == 4:
+        return 0  # more registers: half the blocks
+    if head_dim <= 80:
+        return 2
+    # Four wide tiles in shared memory leave two blocks of 64 rows on sm_80, three on sm_90.
+    return 2 if name == "backward" and max_seqlen <= 32 and arch() >= 90 else 1
+
+
 def _constants(
     name: str, head_dim: int, itemsize: int, max_seqlen: int, causal: bool, uniform: bool, unit: int
 ) -> dict[str, Any]:
@@ -295,6 +306,7 @@ def _constants(
         constants |= dict(CHUNKS=_CUTS[head_dim])
     apart = itemsize == 2 and len(constants["CHUNKS"]) > 1
     constants |= dict(PACK=pack_for(max_seqlen, uniform), APART=apart)
+    constants |= dict(EARLY=_early(name, head_dim, itemsize, max_seqlen))
     return constants | dict(BLOCK=config_for(max_seqlen, head_dim, itemsize).block_m)
 
 
@@ -309,4 +321,7 @@ def _short(
     launch = _constants(name, *shape, stride_unit(*tensors))
     config = config_for(max_seqlen, x.shape[2], x.element_size())
     launch |= dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    if name == "backward" and 96 < x.shape[2] <= 112 and launch["BLOCK"] == 64:
+        # Without spills: three blocks an SM, where ptxas takes 190, and on sm_90 four, where 132.
+        launch |= dict(maxnreg=128 if arch() == 90 else 168)
     return cdiv(batch, launch["PACK"]) * x.shape[1] if x.shape[0] else 0, launch

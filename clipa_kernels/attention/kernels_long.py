@@ -7,10 +7,10 @@
                 delta is known at the end alone, dQ as (P * dP) K - delta P K. Then blocks of keys:
                 over all queries dK and dV. Log-sum-exp and delta stay in registers.
 
-8 products backward where one that saves its statistics makes 7: nothing is kept from the forward,
-no gradient is added to in memory, and the order of every sum is fixed. The rows beyond the last
-full block of 64 are a block of their own size, TAIL, where all sequences are of one length: 197
-tokens are 192 + 16 rows, not 256.
+What a step reads is asked for together. 8 products backward where one that saves its statistics
+makes 7: nothing is kept from the forward, no gradient is added to in memory, and the order of every
+sum is fixed. The rows beyond the last full block of 64 are a block of their own size, TAIL, where
+all sequences are of one length: 197 tokens are 192 + 16 rows, not 256.
 """
 
 from typing import Any
@@ -29,10 +29,12 @@ from .kernels_tiles import (
     accumulate,
     config_for,
     constexprs,
+    exp,
     forward_config,
     inner,
     load_rows,
     placed,
+    product,
     scaled,
     sequence,
     store_chunk,
@@ -44,9 +46,8 @@ from .kernels_tiles import (
 
 
 @triton.jit
-def _scores(q, k, rows, columns, length, scale, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
+def _seen(s, rows, columns, length, IS_CAUSAL: tl.constexpr):
     """Scores, -inf where a row does not see a column."""
-    s = inner(q, k, PRECISION) * scale
     seen = columns < length
     if IS_CAUSAL:
         seen = seen & (columns <= rows)
@@ -95,15 +96,17 @@ def _attention_long_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
-        k = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, turn, CHUNKS, HEAD_DIM)
+        k = load_rows(k_ptr, offs_n, mask_n, stride_kt * UNIT, turn, CHUNKS, HEAD_DIM, ACROSS=True)
+        v = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
-        s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
+        s = _seen(
+            product(q, k, PRECISION) * scale, offs_m[:, None], offs_n[None, :], length, IS_CAUSAL
+        )
         top = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp(s - top[:, None])
-        alpha = tl.exp(m_i - top)
+        p = exp(s - top[:, None])
+        alpha = exp(m_i - top)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = top
-        v = load_rows(v_ptr, offs_n, mask_n, stride_vt * UNIT, turn, CHUNKS, HEAD_DIM)
         alpha = alpha[:, None]
         o = accumulate(scaled(o, alpha), p, v, PRECISION)
     # The largest counted as 1, so a sum below 1 is that of a row beyond the length.
@@ -143,17 +146,19 @@ def _query_block(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         # [BLOCK_N, D] in chunks
+        v = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, CHUNKS, HEAD_DIM, ACROSS=True)
         k = load_rows(k_ptr, offs_n, mask_n, stride_k, turn, CHUNKS, HEAD_DIM)
         # [BLOCK_M, BLOCK_N]
-        s = _scores(q, k, offs_m[:, None], offs_n[None, :], length, scale, IS_CAUSAL, PRECISION)
+        s = _seen(
+            inner(q, k, PRECISION) * scale, offs_m[:, None], offs_n[None, :], length, IS_CAUSAL
+        )
         top = tl.maximum(m_i, tl.max(s, 1))
-        p = tl.exp(s - top[:, None])
-        alpha = tl.exp(m_i - top)
+        p = exp(s - top[:, None])
+        alpha = exp(m_i - top)
         m_i = top
         p_sum = tl.sum(p, 1)
         l_i = l_i * alpha + p_sum
-        v = load_rows(v_ptr, offs_n, mask_n, stride_v, turn, CHUNKS, HEAD_DIM)
-        dp = inner(do, v, PRECISION)
+        dp = product(do, v, PRECISION)
         p_dp = tl.sum(p * dp, 1)
         delta = delta * alpha + p_dp
         # The first keys' mean of dP: what is rounded below is small where dP varies little.
@@ -204,7 +209,7 @@ def _key_block(
         if IS_CAUSAL:
             seen = seen & (offs_n[:, None] <= offs_m[None, :])
         # Masked after the exponential, which may be inf in rows beyond the length.
-        p = tl.where(seen, tl.exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
+        p = tl.where(seen, exp(s - tl.gather(lse, offs_m, 0)[None, :]), 0.0)
         dv = accumulate(dv, p, do, PRECISION)
         dp = inner(v, do, PRECISION)
         ds = p * (dp - tl.gather(delta, offs_m, 0)[None, :])
@@ -334,7 +339,7 @@ def long_forward(
             scale,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             **constexprs(head_dim, q.element_size(), causal, total == batch * max_seqlen, unit),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
     return out
 
@@ -357,5 +362,5 @@ def long_backward(
             *(s // unit for t in (q, k, v, do, grads[0]) for s in t.stride()[:2]),
             scale,
             **_backward_constants(config, max_seqlen, head_dim, size, causal, uniform, unit),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip

@@ -7,13 +7,15 @@ order, from the ninth on and the first eight last, so that chunks begin where se
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, input_precision
+from ..launch import LOG2_E, cdiv, input_precision
 
+LOG2E = tl.constexpr(LOG2_E)
 LOWEST = tl.constexpr(-3.0e38)  # below any score, and a difference to it is still finite
 # Tokens of the longest sequence that is one tile, by itemsize; beyond, a loop over keys. In fp32
 # products are made by the FMA units, from registers, of which a tile of 32 rows needs too many.
@@ -22,14 +24,17 @@ SHORT = {2: 64, 4: 16}
 
 @dataclass(frozen=True)
 class Config:
-    """Rows that stay, rows that pass by in a loop, and the launch's num_warps and num_stages."""
+    """Rows that stay, rows that pass by in a loop, and the launch's num_warps, num_stages and
+    maxnreg: told how many registers it may take, ptxas does not spill to fit more blocks."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
+@cache
 def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tile of the short path (block_m == block_n) or the tiles of the long one."""
     if itemsize == 4:  # 32 rows spill on sm_80
@@ -37,7 +42,9 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
             return Config(16, 16, 4 if head_dim > 112 else 2, 1)  # 2 warps spill on sm_100
         if 96 < head_dim <= 112:
             return Config(16, 32, 8, 1)  # three chunks: steps of 16 spill on sm_90, causal
-        return Config(16, 16, 8 if head_dim > 80 else 4, 1)  # 4 warps spill on sm_100
+        if head_dim > 80:
+            return Config(16, 16, 8, 1)  # 4 warps spill on sm_100
+        return Config(16, 16, 4, 1, 255)
     if max_seqlen <= 16:
         return Config(16, 16, 1, 1)  # one row of tensor-core tiles: a warp, 32 blocks an SM
     if max_seqlen <= 32:
@@ -50,11 +57,12 @@ def config_for(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     return Config(64, 32, 4, 1)  # steps of 64 spill likewise, and so do two stages of loads
 
 
+@cache
 def forward_config(max_seqlen: int, head_dim: int, itemsize: int) -> Config:
     """The tiles of the long forward."""
     if itemsize == 4:
         if head_dim > 112:
-            return Config(16, 32, 8, 1)  # 4 warps spill on sm_90
+            return Config(16, 32, 8, 1, 96)  # 4 warps spill on sm_90
         if head_dim > 96:
             return Config(16, 16, 4, 1)  # three chunks: steps of 32 spill on sm_80 and sm_100
         if 64 < head_dim <= 80:
@@ -70,6 +78,7 @@ def placed(*widths: int) -> tuple[tuple[int, int], ...]:
     return tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
 
 
+@cache
 def chunks(head_dim: int) -> tuple[tuple[int, int], ...]:
     """The head size, rounded up to a multiple of 16, as powers of two up to 64.
 
@@ -108,29 +117,31 @@ def turn_of(head, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _chunk(
     ptr, offs_m, mask_m, stride, turn,
-    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of rows x the turned columns of a chunk, [rows, width]."""
+    """Pointers and mask of rows x the turned columns of a chunk, [rows, width]; transposed where
+    rows go ACROSS."""
     START: tl.constexpr = CHUNKS[INDEX][0]
     WIDTH: tl.constexpr = CHUNKS[INDEX][1]
-    offs_d = START + tl.arange(0, WIDTH)
-    mask = tl.broadcast_to(mask_m[:, None], (mask_m.shape[0], WIDTH))
-    if START + WIDTH > HEAD_DIM:
-        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    ROWS: tl.constexpr = 0 if ACROSS else 1  # the axis that offsets of rows lack
+    offs_m = tl.expand_dims(offs_m, ROWS)
+    offs_d = tl.expand_dims(START + tl.arange(0, WIDTH), 1 - ROWS)
+    mask = tl.expand_dims(mask_m, ROWS) & (offs_d < HEAD_DIM)
     if HEAD_DIM % 16 == 8:
         offs_d += turn
         if START + WIDTH + 8 > HEAD_DIM:
             offs_d = tl.where(offs_d < HEAD_DIM, offs_d, offs_d - HEAD_DIM)
-    return ptr + (offs_m[:, None] * stride + offs_d[None, :]), mask
+    return ptr + (offs_m * stride + offs_d), mask
 
 
 @triton.jit
 def load_chunk(
     ptr, offs_m, mask_m, stride, turn,
     INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ACROSS: tl.constexpr = False,
 ):  # fmt: skip
     """One chunk of rows of a head, 0 where there is no row or column: [rows, width]."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM)
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM, ACROSS)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
@@ -140,7 +151,7 @@ def store_chunk(
     INDEX: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Write what load_chunk reads, in the dtype of the pointer: the one cast."""
-    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM)
+    ptrs, mask = _chunk(ptr, offs_m, mask_m, stride, turn, INDEX, CHUNKS, HEAD_DIM, False)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -152,11 +163,12 @@ def store_chunk(
 def load_rows(
     ptr, offs_m, mask_m, stride, turn,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ACROSS: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows of a head, all chunks."""
+    """Rows of a head, all chunks; where rows go ACROSS, [width, rows] each."""
     x = ()
     for i in tl.static_range(len(CHUNKS)):
-        x += (load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM),)
+        x += (load_chunk(ptr, offs_m, mask_m, stride, turn, i, CHUNKS, HEAD_DIM, ACROSS),)
     return x
 
 
@@ -171,11 +183,31 @@ def store_rows(
 
 
 @triton.jit
+def exp(x):
+    """e to the x, 0 where that is below 2^-126: three instructions fewer than tl.exp."""
+    # Not in the scale of scores: of large ones, the rounded product is off by more than 1 is.
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def inner(a, b, PRECISION: tl.constexpr):
     """a @ b.T over all chunks, fp32."""
     acc = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(a)):
         acc = tl.dot(a[i], tl.trans(b[i]), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b.T over all chunks, fp32, of b that was loaded ACROSS.
+
+    inner's transpose takes b's whole tile into registers before the product; this one takes it
+    from shared memory piece by piece.
+    """
+    acc = tl.dot(a[0], b[0], input_precision=PRECISION)
+    for i in tl.static_range(1, len(a)):
+        acc = tl.dot(a[i], b[i], acc, input_precision=PRECISION)
     return acc
 
 
@@ -216,7 +248,11 @@ def within_reach(x: Tensor, max_seqlen: int) -> Tensor:
 
 def stride_unit(*tensors: Tensor) -> int:
     """8 where all strides of rows and heads divide by it: then rows are known to be aligned."""
-    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:2]) else 1
+    for tensor in tensors:  # a generator takes twice as long
+        first, second = tensor.stride()[:2]
+        if first % 8 or second % 8:
+            return 1
+    return 8
 
 
 def constexprs(

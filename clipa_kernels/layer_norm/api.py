@@ -178,8 +178,9 @@ def _backward(
     """Gradients of x, residual (empty: the same), weight and bias (empty: bias_dtype is None)."""
     from . import kernels
 
-    grads = kernels.backward(dy, d_total, total, weight, eps, bias_dtype)
-    dx, *others = (dy.new_empty(0) if grad is None else grad for grad in grads)
+    dx, *others = kernels.backward(dy, d_total, total, weight, eps, bias_dtype)
+    if any(grad is None for grad in others):
+        others = [dy.new_empty(0) if grad is None else grad for grad in others]
     return dx, *others
 
 

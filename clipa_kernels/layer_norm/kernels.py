@@ -7,20 +7,22 @@
 Nothing is saved but the sum, which the stream holds anyway: mean and deviation are computed again
 from the row the backward must read in any case. Saving them would cost 16 bytes a token more, and
 the row is in registers, so the second time costs two sums and no memory. No atomics: a program
-walks its own rows in order, and their number does not depend on the device.
+walks its own rows in order; how many walk depends on the GPU's SMs alone.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, launcher, rows_a_program, rows_of, sum_partial
+from ..launch import cdiv, dense_like, launcher, rows_a_program, rows_of, sms, sum_partial
 
-_PROGRAMS = 512  # of a backward: about four an SM, each with one row of partial sums
-_LEAST_ROWS = 16  # that a backward program walks: partial sums stay under 1/16 of the rows
+_RESIDENT = 4  # programs of a backward on an SM at once, at most: their rows in flight fill memory
+_LEAST_ROWS = 32  # of a backward program where each SM has one: partial sums stay under 1/16
+_FORWARD_PROGRAMS = 2048  # at least, where there are rows for them
 _FORWARD_ROWS = 16  # at most: the parameters, 8 bytes a column, are loaded once for all of them
 
 
@@ -33,15 +35,17 @@ class Config:
     num_warps: int
 
 
+@cache
 def config_for(width: int, numbers: int) -> Config:
     """The tile for rows of `width` columns, of which a thread holds `numbers` of each tensor.
 
-    16 in the forward, two 16-byte loads in bf16; 8 in the backward, which keeps four times as much
-    beside them: with 16 it spills on sm_100.
+    16, two 16-byte loads in bf16. 8 in a backward of rows of 512 or less, several a tile, as it
+    keeps four times as much beside them: with 16, of widths of 16 to 512, 64 spills on sm_100, and
+    100 and 200, whose numbers are loaded one by one, on sm_80 and sm_90 too.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if block_d > 2048:
-        return Config(1, block_d, 8)  # 16 numbers a thread both ways: of 16 warps, two spill
+        return Config(1, block_d, 8)  # 16 numbers both ways: with 16 warps ragged fp32 spills
     if block_d > 128 * numbers:
         return Config(1, block_d, block_d // (32 * numbers))  # one row fills more than four warps
     return Config(min(16, 128 * numbers // block_d), block_d, 4)  # short rows: several fill them
@@ -62,6 +66,16 @@ def _statistics(total, mask_d, D, eps):
     centred = tl.where(mask_d, total - mean[:, None], 0.0)
     var = tl.sum(centred * centred, 1) / D
     return centred, 1.0 / tl.sqrt(var + eps)
+
+
+@triton.jit
+def _two_sums(a, b):
+    """Sums of the rows of a and of b [BLOCK_M, BLOCK_D], with the shuffles and barriers of one."""
+    ROWS: tl.constexpr = a.shape[0]
+    both = tl.permute(tl.join(a, b), (2, 0, 1))
+    # Flat in between, which costs nothing: the interpreter then adds dense rows, by halves.
+    both = tl.reshape(tl.reshape(both, (2 * a.numel,)), (2 * ROWS, a.shape[1]))
+    return tl.split(tl.permute(tl.reshape(tl.sum(both, 1), (2, ROWS)), (1, 0)))
 
 
 @triton.jit(do_not_specialize=["rows", "rows_a_program"])
@@ -127,27 +141,32 @@ def _add_layer_norm_bwd_kernel(
     # Sums over rows are made once, after the loop: here each place adds its own.
     d_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     d_bias = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for first in range(start, end, BLOCK_M):
+    # Two stages: the next rows are on their way to shared memory while these are worked on.
+    for first in tl.range(start, end, BLOCK_M, num_stages=2):
         mask = (offs_m < end - first) & mask_d
         total_ptrs = total_ptr + first * stride_tm + (offs_m * stride_tm + offs_d[None, :])
         dy_ptrs = dy_ptr + first * stride_ym + (offs_m * stride_ym + offs_d[None, :])
         total = tl.load(total_ptrs, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        centred, rstd = _statistics(total, mask_d, D, eps)
+        if d_total_ptr is not None:
+            d_total_ptrs = d_total_ptr + first * stride_dm
+            d_total_ptrs += offs_m * stride_dm + offs_d[None, :]
+            d_total = tl.load(d_total_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # Chosen, so that no difference below is taken of a product before it is rounded: g less its
+        # mean is 0 where a row is one number, and 1 / deviation is large there.
+        g = tl.where(mask_d, dy * weight, 0.0)
+        sum_total, sum_g = _two_sums(total, g)
+        centred = tl.where(mask_d, total - (sum_total / D)[:, None], 0.0)
+        sum_squares, sum_gc = _two_sums(centred * centred, g * centred)
+        rstd = tl.rsqrt(sum_squares / D + eps)
         normal = centred * rstd[:, None]
         if partial_ptr is not None:
             d_weight += dy * normal
             d_bias += dy
-        # Chosen, so that no difference below is taken of a product before it is rounded: g less its
-        # mean is 0 where a row is one number, and 1 / deviation is large there.
-        g = tl.where(mask_d, dy * weight, 0.0)
-        mean_g = tl.sum(g, 1) / D
-        mean_gn = tl.sum(g * normal, 1) / D
-        d = rstd[:, None] * (g - mean_g[:, None] - normal * mean_gn[:, None])
+        mean_gn = sum_gc / D * rstd
+        d = rstd[:, None] * (g - (sum_g / D)[:, None] - normal * mean_gn[:, None])
         if d_total_ptr is not None:
-            d_total_ptrs = d_total_ptr + first * stride_dm
-            d_total_ptrs += offs_m * stride_dm + offs_d[None, :]
-            d += tl.load(d_total_ptrs, mask=mask, other=0.0).to(tl.float32)
+            d += d_total
         tl.store(dx_ptr + first * D + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if d_residual_ptr is not None:
             tl.store(
@@ -172,14 +191,14 @@ def forward(
     """(normalised, x + residual), dense; the sum is None where there is no residual."""
     flat = rows_of(x)
     rows, d = flat.shape
-    y = flat.new_empty(x.shape)
-    total = None if residual is None else residual.new_empty(x.shape)
+    y = dense_like(x)
+    total = None if residual is None else dense_like(residual)
     if not x.numel():
         return y, total
     stream = flat if residual is None else rows_of(residual)
     config = config_for(d, 16)
     # Several rows a program only where there are rows enough for every SM.
-    walked = min(_FORWARD_ROWS, rows_a_program(rows, 4 * _PROGRAMS, config.block_m))
+    walked = min(_FORWARD_ROWS, rows_a_program(rows, _FORWARD_PROGRAMS, 1, config.block_m))
     _add_layer_norm_fwd_kernel[(cdiv(rows, walked),)](
         flat, None if residual is None else stream, weight.contiguous(), bias.contiguous(),
         y, total,
@@ -208,10 +227,13 @@ def backward(
     """
     flat, stream = rows_of(dy), rows_of(total)
     rows, d = flat.shape
-    dx = flat.new_empty(dy.shape)
-    d_residual = total.new_empty(dy.shape) if total.dtype != dy.dtype else None
-    config = config_for(d, 8)
-    walked = rows_a_program(rows, _PROGRAMS, _LEAST_ROWS)
+    dx = dense_like(dy)
+    d_residual = dense_like(total) if total.dtype != dy.dtype else None
+    config = config_for(d, 16 if d > 512 else 8)
+    # As many on one SM as on another, and all at once: a second wave would wait for the first.
+    gpu = sms(flat.device)
+    resident = max(1, min(_RESIDENT, rows // (_LEAST_ROWS * gpu)))
+    walked = rows_a_program(rows, resident * gpu, _LEAST_ROWS // 2, config.block_m)
     programs = cdiv(rows, walked)
     partial = None
     if bias_dtype is not None:

@@ -1,4 +1,4 @@
-"""Patches to tokens: only the kept patches are read, and nothing else is written.
+"""Patches to tokens: only the kept patches are read, and no image is converted whole.
 
     token(b, k) = sum_{c, y, x} w[:, c, y, x] * (pixel[b, c, y, x of patch keep[b, k]] - mean_c)
                   / std_c + bias + pos_embed[R + keep[b, k]]
@@ -6,9 +6,9 @@
 with R prefix rows (class token, registers) before each image's patches: cls_token + pos_embed[:R].
 This is the stride-P convolution of Dosovitskiy et al. (arXiv:2010.11929) followed by patch
 dropping as in FLIP (arXiv:2212.00794) and CLIPA. Next to plain torch: no patch that is dropped
-later is read, converted or embedded, no float copy of the images exists, and the normalisation
-costs nothing, as it is folded into weight and bias. uint8 pixels are exact in bf16, so they enter
-the product unrounded.
+later is read, converted or embedded, no float copy of the images exists, only one of the kept
+patches in the product's dtype, and the normalisation costs nothing, as it is folded into weight and
+bias. uint8 pixels are exact in bf16, so they enter the product unrounded.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,10 @@ from ..packing import Packed
 from .ops import embed_patches, embed_tokens, is_hwc
 
 Channels = Tensor | Sequence[float] | None
+# Up to here positions are columns of the product on a GPU, 4 D FLOPs a token each for both ways.
+# More are added before it and their gradients summed after it, 4 D bytes a token, in time about as
+# much as 200 columns on an H100; 64 keep the product's FLOPs within a tenth.
+MOST_BY_PRODUCT = 64
 
 
 def patch_embed_reference(
@@ -112,16 +116,18 @@ def patch_embed(
     with torch.autocast(images.device.type, enabled=False) if autocast else nullcontext():
         prefix = 0 if cls_token is None else cls_token.numel() // weight.shape[0]
         if impl == "triton":
-            table = pos_embed
-            if prefix:
-                first = cls_token.view(prefix, -1) + pos_embed[:prefix]
-                table = torch.cat((first, pos_embed[prefix:]))
             side = weight.shape[-1]
-            centre = 128.0 if images.dtype == torch.uint8 else 0.0  # what the kernels subtract
+            centre = 128.0 if images.dtype == torch.uint8 else 0.0  # what the kernel subtracts
             folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype, centre)
-            runs = _in_runs(folded.view(-1, side, side, weight.shape[1]), images)
-            args = (images, keep, runs, shift, table, side, prefix)
-            return _packed(embed_tokens(*args))
+            table = pos_embed[prefix:] if shift is None else pos_embed[prefix:] + shift
+            if prefix:
+                table = torch.cat((cls_token.view(prefix, -1) + pos_embed[:prefix], table))
+            columns = _in_runs(folded.view(-1, side, side, weight.shape[1]), images)
+            pixels = columns.shape[1]
+            if table.shape[0] - prefix <= MOST_BY_PRODUCT:
+                columns, table = torch.cat((columns, table.to(dtype).t()), 1), None
+            columns = F.pad(columns, (0, -columns.shape[1] % 16))  # rows end on 16 bytes
+            return _packed(embed_tokens(images, keep, columns, table, side, prefix, pixels)[0])
         folded, shift = fold_normalisation(images, weight, bias, mean, std, dtype)
         shift = None if shift is None else shift.to(dtype)
         positions = pos_embed[prefix:].to(dtype)
@@ -163,9 +169,9 @@ def fold_normalisation(
 
 
 def _in_runs(weight: Tensor, images: Tensor) -> Tensor:
-    """[D, P, P, C] as the kernels take it, [D, K]: pixels in the order of memory, padded runs."""
+    """[D, P, P, C] as [D, columns]: pixels in the order of memory, runs of bytes in whole words."""
     runs = weight.flatten(2) if is_hwc(images) else weight.permute(0, 3, 1, 2).flatten(1, 2)
-    pad = -runs.shape[-1] % 16 if images.dtype == torch.uint8 else 0
+    pad = -runs.shape[-1] % 4 if images.dtype == torch.uint8 else 0
     return (F.pad(runs, (0, pad)) if pad else runs).flatten(1)
 
 

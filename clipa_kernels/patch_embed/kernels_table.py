@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv
+from ..launch import cdiv, launcher
 
-_SUM_ROWS = 8  # of a step: 16 spill on sm_100
+_BLOCK = dict(BLOCK_R=16, BLOCK_D=128)  # rows on their way, and programs, enough for memory to bind
 
 
 @triton.jit
@@ -25,35 +25,41 @@ def _sum_sorted_kernel(
     start = tl.load(ends_ptr + position)
     end = tl.load(ends_ptr + position + 1)
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    offs_r = start + tl.arange(0, BLOCK_R)
+    row = tl.load(order_ptr + offs_r, mask=offs_r < end, other=0)
     # Rows of one position are next to each other in `order`: one program adds them all.
-    for first in range(start, end, BLOCK_R):
-        offs_r = first + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < end
-        row = tl.load(order_ptr + offs_r, mask=mask_r, other=0)
+    for _ in range(start, end, BLOCK_R):
+        mask = (offs_r < end)[:, None] & mask_d[None, :]
         d_out_ptrs = d_out_ptr + row[:, None] * D + offs_d[None, :]
-        d_out = tl.load(d_out_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
-        acc += d_out.to(tl.float32)
+        offs_r += BLOCK_R
+        row = tl.load(order_ptr + offs_r, mask=offs_r < end, other=0)  # a step ahead
+        acc += tl.load(d_out_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(sums_ptr + position.to(tl.int64) * D + offs_d, tl.sum(acc, 0), mask=mask_d)
 
 
+def table_rows(keep: Tensor, prefix: int) -> Tensor:
+    """[B, R + K]: the row of the table that each token is given."""
+    index = torch.arange(prefix, device=keep.device).expand(keep.shape[0], prefix)
+    return torch.cat((index, keep + prefix), 1)
+
+
+@launcher
 def table_grad(d_out: Tensor, keep: Tensor | None, rows: int, prefix: int) -> Tensor:
     """fp32 [rows, D]: sums of d_out [B, S, D] by row of the table; without keep, row s is of all
     tokens s."""
-    batch, _, d = d_out.shape
+    d = d_out.shape[2]
     if keep is None:
         return d_out.sum(0, dtype=torch.float32)
-    index = torch.arange(prefix, device=d_out.device).expand(batch, prefix)
-    index = torch.cat((index, keep + prefix), 1)
+    index = table_rows(keep, prefix)
     # Stable, so that equal positions keep the order of tokens and sums repeat to the bit.
     index, order = index.flatten().sort(stable=True)
     ends = torch.searchsorted(index, torch.arange(rows + 1, device=d_out.device))
     sums = d_out.new_empty(rows, d, dtype=torch.float32)
-    block = min(256, max(16, triton.next_power_of_2(d)))
-    _sum_sorted_kernel[(rows, cdiv(d, block))](
+    _sum_sorted_kernel[(rows, cdiv(d, _BLOCK["BLOCK_D"]))](
         d_out, order, ends,
         sums,
         d,
-        BLOCK_R=_SUM_ROWS, BLOCK_D=block,
+        **_BLOCK,
         num_warps=4,
     )  # fmt: skip
     return sums

@@ -109,82 +109,97 @@ def _gradient(ctx, dx: Tensor):
 embed_patches.register_autograd(_gradient, setup_context=_save)
 
 
+def _tokens(images: Tensor, keep: Tensor | None, side: int, prefix: int) -> int:
+    """Of an image, prefix rows among them."""
+    height, width = images.shape[2:]
+    return prefix + (height // side * (width // side) if keep is None else keep.shape[1])
+
+
 @torch.library.custom_op("clipa::patch_embed_tokens", mutates_args=())
 def embed_tokens(
     images: Tensor,
     keep: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
+    table: Tensor | None,
     side: int,
     prefix: int,
-) -> Tensor:
-    """[B, R + K, D] by the kernels: weight as _in_runs, table the prefix rows and positions.
+    pixels: int,
+) -> tuple[Tensor, Tensor]:
+    """[B, R + K, D] on a GPU, and the copy of the patches that its backward takes.
 
-    uint8 images enter the product less 128.
+    weight [D, width] is for `pixels` columns of pixels, runs next to each other as in memory, uint8
+    less 128; then for positions, or table [R + L, D] has them, which is added to the tokens.
     """
-    from ..launch import require_products
-    from . import kernels
+    from .kernels import patch_copy
+    from .kernels_table import table_rows
 
-    require_products("patch_embed", weight)
-    return kernels.forward(images, keep, weight, bias, table, side, prefix)
+    batch, size, (d, width) = images.shape[0], _tokens(images, keep, side, prefix), weight.shape
+    hwc = is_hwc(images)
+    patches = patch_copy(images, keep, side, prefix, hwc, pixels, width, weight.dtype)
+    if table is None:
+        return (patches @ weight.t()).view(batch, size, d), patches
+    table = table.to(weight.dtype)
+    if keep is None:
+        out = table.expand(batch, -1, -1).clone(memory_format=torch.contiguous_format)
+    else:
+        out = F.embedding(table_rows(keep, prefix), table)
+    out.view(-1, d).addmm_(patches, weight.t())
+    return out, patches
 
 
 @torch.library.custom_op("clipa::patch_embed_tokens_backward", mutates_args=())
 def _tokens_backward(
-    dx: Tensor,
-    images: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    table: Tensor,
-    side: int,
-    prefix: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias (in fp32) and table."""
-    from . import kernels
+    dx: Tensor, patches: Tensor, keep: Tensor | None, rows: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight, and in fp32 of the `rows` of the table."""
+    from .kernels_table import table_grad
 
     dx = dx.contiguous()
-    rows = table.shape[0]
-    dweight, dtable = kernels.backward(dx, images, keep, weight, side, prefix, rows)
-    dbias = dtable[prefix:].sum(0)
-    return dweight, dbias, dtable.to(table.dtype)
+    with torch.autocast(dx.device.type, enabled=False):
+        dweight = dx.flatten(0, 1).t() @ patches
+    if not rows:
+        return dweight, dx.new_empty(0, dtype=torch.float32)
+    return dweight, table_grad(dx, keep, rows, prefix)
 
 
 @embed_tokens.register_fake
-def _(images, keep, weight, bias, table, side, prefix):
-    kept = table.shape[0] - prefix if keep is None else keep.shape[1]
-    return weight.new_empty(images.shape[0], prefix + kept, weight.shape[0])
+def _(images, keep, weight, table, side, prefix, pixels):
+    batch, size = images.shape[0], _tokens(images, keep, side, prefix)
+    tokens = weight.new_empty(batch, size, weight.shape[0])
+    return tokens, weight.new_empty(batch * size, weight.shape[1])
 
 
 @_tokens_backward.register_fake
-def _(dx, images, keep, weight, table, side, prefix):
-    width = weight.shape[0]
-    dbias = weight.new_empty(width, dtype=torch.float32)
-    return weight.new_empty(weight.shape), dbias, table.new_empty(table.shape)
+def _(dx, patches, keep, rows, prefix):
+    dtable = dx.new_empty((rows, dx.shape[2]) if rows else 0, dtype=torch.float32)
+    return dx.new_empty(dx.shape[2], patches.shape[1]), dtable
 
 
 def _save_tokens(ctx, inputs, output) -> None:
-    images, keep, weight, bias, table, ctx.side, ctx.prefix = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(images, keep, weight, table)
+    images, keep, weight, table, ctx.side, ctx.prefix, ctx.pixels = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.rows, ctx.table_dtype = (0, None) if table is None else (table.shape[0], table.dtype)
+    of_pixels = (images, weight) if images.is_floating_point() else (None, None)
+    ctx.save_for_backward(output[1], keep, *of_pixels)
 
 
-def _tokens_gradient(ctx, dx: Tensor):
-    images, keep, weight, table = ctx.saved_tensors
+def _tokens_gradient(ctx, dx: Tensor, _: None):
+    patches, keep, images, weight = ctx.saved_tensors
     dimages = None
     if ctx.needs_input_grad[0]:
-        weight_yxc = weight
+        weight = weight[:, : ctx.pixels]
         if not is_hwc(images):
-            pixels = weight.view(weight.shape[0], images.shape[1], -1)
-            weight_yxc = pixels.transpose(1, 2).flatten(1)
+            runs = weight.reshape(weight.shape[0], images.shape[1], -1)
+            weight = runs.transpose(1, 2).flatten(1)
         dimages = torch.ops.clipa.patch_embed_backward_images(
-            dx[:, ctx.prefix :].contiguous(), images, keep, weight_yxc, ctx.side
+            dx[:, ctx.prefix :].contiguous(), images, keep, weight, ctx.side
         )
-    dweight, dbias, dtable = torch.ops.clipa.patch_embed_tokens_backward(
-        dx, images, keep, weight, table, ctx.side, ctx.prefix
+    dweight, dtable = torch.ops.clipa.patch_embed_tokens_backward(
+        dx, patches, keep, ctx.rows, ctx.prefix
     )
-    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-    return dimages, None, dweight, dbias, dtable, None, None
+    dtable = dtable.to(ctx.table_dtype) if ctx.rows else None
+    return dimages, None, dweight, dtable, None, None, None
 
 
 embed_tokens.register_autograd(_tokens_gradient, setup_context=_save_tokens)

@@ -312,7 +312,7 @@ def _qkv(block: nn.Module, layout: _Layout, y: Tensor) -> Tensor:
     # Copying three weights costs less than reading y three times and adding three gradients of it.
     weight = torch.cat([part.weight for part in parts])
     biases = [part.bias for part in parts]
-    return F.linear(y, weight, None if biases == [None] * 3 else torch.cat(biases))
+    return F.linear(y, weight, None if biases[0] is None else torch.cat(biases))
 
 
 def _through(block: nn.Module, paths: tuple[str, ...], y: Tensor) -> Tensor:

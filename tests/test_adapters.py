@@ -559,6 +559,15 @@ def test_a_model_without_memory_and_one_of_other_order():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_triton_kernels_compute_the_same(interpreted):
+    torch.manual_seed(0)
+    model = with_our_draw(open_clip_model(layers=1, text=dict(layers=1))).train()
+    baseline = results(model, *pairs(batch=2))
+    actual = results(accelerate(model, impl="triton")[0], *pairs(batch=2))
+    for key, value in baseline.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
 # ---- Examples and bytes ----
 
 

@@ -11,11 +11,14 @@ Dimension letters, used in every docstring of the package:
 from .adapters import accelerate, accumulated, restore
 from .attention import (
     flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     varlen_attention,
     varlen_attention_forward,
     varlen_attention_qkvpacked,
     varlen_attention_reference,
+    varlen_cross_attention,
+    varlen_cross_attention_reference,
 )
 from .contrastive import (
     ClipLoss,
@@ -66,6 +69,7 @@ __all__ = [
     "contrastive_loss_reference",
     "cu_seqlens_of",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "grid_patches",
     "keep_count",
@@ -86,4 +90,6 @@ __all__ = [
     "varlen_attention_forward",
     "varlen_attention_qkvpacked",
     "varlen_attention_reference",
+    "varlen_cross_attention",
+    "varlen_cross_attention_reference",
 ]

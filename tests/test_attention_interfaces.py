@@ -166,10 +166,18 @@ def test_a_learnable_scale_is_refused(qkv, impl):
     torch.testing.assert_close(out, varlen_attention_reference(q, k, v, ends, 9, scale=0.5))
 
 
-@pytest.mark.parametrize(("lengths", "longest"), [(LENGTHS, 8), (LENGTHS[::-1], 9), ([17], 9)])
-def test_keys_of_other_sequences(qkv, lengths, longest):
+@pytest.mark.parametrize(
+    ("lengths", "longest", "says"),
+    [
+        (LENGTHS, 8, "max_seqlen must be at least the longest sequence, 9, got 8"),
+        ([17], 17, "there must be as many key sequences as queries', got .* and 1"),
+        ([17], 9, "max_seqlen must be at least the longest sequence, 17, got 9"),
+    ],
+)
+def test_keys_of_other_sequences(qkv, lengths, longest, says):
+    """They are cross-attention, which has its own checks."""
     ends = cu_seqlens_of(LENGTHS)
-    with pytest.raises(ValueError, match="keys must be of the same sequences as queries, got"):
+    with pytest.raises(ValueError, match=says):
         flash_attn_varlen_func(*qkv.unbind(1), ends, cu_seqlens_of(lengths), 9, longest)
 
 

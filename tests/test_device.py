@@ -22,6 +22,7 @@ from clipa_kernels import (
     random_patches,
     sigmoid_loss,
 )
+from clipa_kernels.attention import api as attention
 from clipa_kernels.packing import Packed
 from data.batches import Batch
 from models import build
@@ -79,6 +80,33 @@ def test_a_step_waits_for_no_value(dialect, mask, loss, dtype, fake_cuda):
         "clipa::bias_gelu",
         f"clipa::{loss.__name__}",
     }
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "dtype", "chosen"),
+    [
+        (64, 80, torch.bfloat16, "triton"),
+        (65, 80, torch.bfloat16, "varlen_attn"),
+        (128, 64, torch.float16, "triton"),
+        (129, 64, torch.float16, "varlen_attn"),
+        (577, 80, torch.float32, "triton"),
+        (1025, 64, torch.bfloat16, "varlen_attn"),
+        (64, 192, torch.bfloat16, "varlen_attn"),
+        (1025, 64, torch.float32, "sdpa"),
+    ],
+)
+def test_long_attention_is_torchs_where_it_is_faster(length, head_dim, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(attention, "_VARLEN_ATTN", True)
+    torch.use_deterministic_algorithms(False)  # as the tests' fixture does after each
+    with FakeTensorMode():
+        x = torch.empty(2 * length, 3, 2, head_dim, dtype=dtype, device="cuda")
+        assert attention._choose("f", "auto", x, 2, length) == chosen
+        exact = "triton" if length <= 1024 and head_dim <= 128 else "sdpa"
+        torch.use_deterministic_algorithms(True)
+        assert attention._choose("f", "auto", x, 2, length) == exact
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.setattr(attention, "_VARLEN_ATTN", False)  # before torch 2.11
+        assert attention._choose("f", "auto", x, 2, length) == exact
 
 
 @pytest.mark.parametrize("name", ["emoji", "clipa-v1-b16", "clipa-v2-h14"])

@@ -18,6 +18,14 @@ from . import ops, rivals
 _IMPLS = ("triton", "torch", "sdpa", "reference", *rivals.PACKAGES)
 # What the kernels hold in a tile and in registers; above, the libraries' larger tiles pay.
 _LONGEST, _WIDEST = 1024, 128
+# Above these lengths torch's varlen_attn is faster, modelled from machine code: us forward and
+# backward of 16 heads in bf16 over 33,000 to 66,000 tokens, ours / flash-attention's:
+#                    77 x 64      128 x 64      197 x 64      65 x 80       257 x 80
+#     H100         625 /  732    379 /  609   1211 /  954   1653 /  773    2862 /  1625
+#     A100        1370 / 1227    885 / 1073   2799 / 1806   2873 / 1295   11095 /  3302
+# Its backward adds in no fixed order, so not where deterministic algorithms are asked for.
+_LONG, _LONG_AND_WIDE = 128, 64
+_VARLEN_ATTN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # with these arguments
 
 
 def varlen_attention_reference(
@@ -71,8 +79,11 @@ def varlen_attention(
             a NaN reaches its neighbours there), "torch" (groups of like length, reads the lengths
             on the host), "sdpa" (pads, asks the device for nothing), "reference"; "varlen_attn" of
             torch and, if installed, "flash_attn" and "xformers" (lengths on the host), on CUDA.
-            "auto" is "triton" on CUDA where it applies; "torch" on a CPU where lengths differ or
-            the dtype has 16 bits; else "sdpa".
+            "auto" is "triton" on CUDA where it applies, but "varlen_attn" in 16 bits above 128
+            tokens, or 64 with heads wider than 64, and beyond the limits of "triton", if torch is
+            2.11 or newer and torch.use_deterministic_algorithms is not set: its backward is not
+            deterministic; "torch" on a CPU where lengths differ or the dtype has 16 bits; else
+            "sdpa".
     Returns:
         [T, H, D] in q's dtype, contiguous.
     Raises:
@@ -157,7 +168,10 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     """
     fits = x.shape[-1] <= _WIDEST and max_seqlen <= _LONGEST
     if isinstance(impl, str) and impl == "auto":
-        if fits and check.choose_impl(name, impl, _IMPLS, x) == "triton":
+        kernels = fits and check.choose_impl(name, impl, _IMPLS, x) == "triton"
+        if _library_is_faster(x, max_seqlen, kernels):
+            return "varlen_attn"
+        if kernels:
             return "triton"
         if x.device.type != "cpu":
             return "sdpa"
@@ -172,6 +186,19 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
     if impl in rivals.PACKAGES:
         rivals.require_rival(name, impl, x)
     return impl
+
+
+def _library_is_faster(x: Tensor, max_seqlen: int, kernels: bool) -> bool:
+    """Whether torch's varlen_attn runs on x, [T, ..., D], and is faster than what else would."""
+    if not (x.is_cuda and _VARLEN_ATTN and x.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    if torch.version.hip is not None or torch.are_deterministic_algorithms_enabled():
+        return False
+    if kernels and max_seqlen <= (_LONG if x.shape[-1] <= 64 else _LONG_AND_WIDE):
+        return False
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # the latter: a fake tensor
+        return True
+    return torch.cuda.get_device_properties(x.device).major >= 8
 
 
 def _check_rest(

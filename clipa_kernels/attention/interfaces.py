@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..check import as_flag, as_float, as_int, describe, readable, require_tensor
 from . import plain
 from .api import varlen_attention, varlen_attention_qkvpacked
+from .cross import log_sum_exp, varlen_cross_attention
 
 # What transformers' attention functions take that would change the result.
 _NOT_IMPLEMENTED = ("softcap", "position_bias", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -84,12 +85,13 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """varlen_attention with flash-attention's arguments; queries and keys of the same sequences.
+    """varlen_attention with flash-attention's arguments, or varlen_cross_attention.
 
     Args:
-        q, k, v: [T, H, D] with as many heads each.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], of equal values (not checked on a GPU).
-        max_seqlen_q, max_seqlen_k: tokens of the longest sequence, equal; as in varlen_attention.
+        q: [Tq, H, D]; k, v: [Tk, H, D], as many heads as q.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]; where they are one tensor, or of equal values
+            (compared on a CPU), queries and keys are of the same sequences.
+        max_seqlen_q, max_seqlen_k: tokens of the longest sequence; as in varlen_attention.
         softmax_scale, causal: as scale and causal in varlen_attention.
         window_size: (-1, -1); or (left, right) that hide nothing else: both at least
             max_seqlen - 1, or right 0, which is causal.
@@ -98,7 +100,7 @@ def flash_attn_varlen_func(
             computed in plain torch, from scores made again; on a GPU this waits for the lengths.
         dropout_p, softcap: 0 or None. alibi_slopes, block_table: None.
     Returns:
-        [T, H, D]; with return_attn_probs (that, the log-sum-exp [H, T] in fp32 without gradient,
+        [Tq, H, D]; with return_attn_probs (that, the log-sum-exp [H, Tq] in fp32 without gradient,
         None for the probabilities, which flash-attention fills under dropout alone).
     Raises:
         ValueError: an argument that is not implemented; else as varlen_attention.
@@ -117,17 +119,71 @@ def flash_attn_varlen_func(
     longest_k = longest
     if max_seqlen_k is not max_seqlen_q:
         longest_k = as_int(name, 0, 2**31, max_seqlen_k=max_seqlen_k)
-    alike = cu_seqlens_q.shape == cu_seqlens_k.shape and longest == longest_k
-    if alike and readable(cu_seqlens_q) and readable(cu_seqlens_k):
-        alike = cu_seqlens_q is cu_seqlens_k or torch.equal(cu_seqlens_q, cu_seqlens_k)
-    if not alike:
-        raise ValueError(
-            f"{name}: keys must be of the same sequences as queries, got cu_seqlens_q "
-            f"{describe(cu_seqlens_q)} with max_seqlen_q {longest}, cu_seqlens_k "
-            f"{describe(cu_seqlens_k)} with max_seqlen_k {longest_k}"
-        )
     options = causal, window_size, softmax_scale, return_attn_probs
+    if not _same_sequences(q, k, cu_seqlens_q, cu_seqlens_k, longest, longest_k):
+        ends = cu_seqlens_q, cu_seqlens_k, longest, longest_k
+        return _flash_cross(name, (q, k, v), ends, *options)
     return _flash(name, (q, k, v), cu_seqlens_q, longest, *options)
+
+
+def _same_sequences(
+    q: Tensor, k: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int
+) -> bool:
+    """Whether queries and keys are of the same sequences, for what is not read: the same tensor."""
+    if q.shape != k.shape or ends_q.shape != ends_k.shape or longest_q != longest_k:
+        return False
+    if ends_q is ends_k:
+        return True
+    if readable(ends_q) and readable(ends_k):
+        return torch.equal(ends_q, ends_k)
+    # All of one length: there is one way to cut them.
+    return len(ends_q) > 1 and q.shape[0] == (len(ends_q) - 1) * longest_q
+
+
+def _flash_cross(
+    function: str, inputs: tuple[Tensor, ...], ends: tuple, causal, window, scale, wanted
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """_flash where keys are of other sequences."""
+    causal = _flash_masks(function, causal, window, max(ends[2:]))
+    scale = None if scale is None else as_float(function, softmax_scale=scale)
+    wanted = as_flag(function, return_attn_probs=wanted)
+    out = varlen_cross_attention(*inputs, *ends, causal=causal, scale=scale)
+    if not wanted:
+        return out
+    scale = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        return out, log_sum_exp(*inputs[:2], *ends, causal, scale), None
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of kv[:, 0] and kv[:, 1].
+
+    Args:
+        kv: [Tk, 2, H, D]. The rest, Returns, Raises: as flash_attn_varlen_func.
+    Source: flash_attn.flash_attn_varlen_kvpacked_func of flash-attention 2.8.
+    """
+    name = "flash_attn_varlen_kvpacked_func"
+    require_tensor(name, kv=kv)
+    if kv.dim() != 4 or kv.shape[1] != 2:
+        raise ValueError(f"{name}: kv must be [Tk, 2, H, D], got {describe(kv)}")
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    rest = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+    return flash_attn_varlen_func(q, *kv.unbind(1), *ends, *rest, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_qkvpacked_func(

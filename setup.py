@@ -45,6 +45,8 @@ test = [
     "open_clip_torch==3.3.0",
     "timm==1.0.31",
     "transformers>=5",
+    "pandas",  # with webdataset, what open_clip's own training program needs
+    "webdataset>=0.2.5,<=0.2.86",
     "pyarrow",
     "s3fs",
     "moto[server]",  # an S3 server for the tests, Apache-2.0

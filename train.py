@@ -7,16 +7,14 @@ Every flag is a field of training/config.py's Config. A step, the loop of a stag
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from clipa_kernels import Packed, contrastive_loss, sigmoid_loss
+from clipa_kernels import Packed, accumulated, contrastive_loss, sigmoid_loss
 from data.batches import Batch, Tally
 from data.pairs import USUAL
 from data.shards import check_captions
@@ -92,7 +90,8 @@ def train_step(
         else:
             ends = batch.cu_seqlens.tolist()  # on the host: nothing waits for the device
             parts = split(images, text, keep, ends, sizes.accumulate)
-            out, loss = accumulated(model, parts, loss_of)
+            frozen = [f"{unwrap(model).locked}_features"] if unwrap(model).locked != "none" else []
+            out, loss = accumulated(model, parts, loss_of, frozen=frozen)
     norm = clip_gradients(model.parameters(), config.optim.clip_norm)
     optimizer.step() if guard is None else guard.step(norm)
     optimizer.zero_grad(set_to_none=True)
@@ -125,39 +124,6 @@ def split(
         part = Packed(text.tokens[ends[a] : ends[a + size]], cu_seqlens, text.max_seqlen)
         parts.append((images[a : a + size], part, None if keep is None else keep[a : a + size]))
     return parts
-
-
-def accumulated(
-    model: nn.Module,
-    parts: list[tuple[Tensor, Packed, Tensor | None]],
-    loss_of: Callable[[dict[str, Tensor]], Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward and backward in parts, with the negatives of the whole batch (Gao et al. 2101.06983).
-
-    Features are computed without a graph, the loss gives their gradients, and each part is computed
-    again to pass them on. Masks are given, so both passes see the same tokens.
-    """
-    with torch.no_grad():
-        outs = [unwrap(model)(*part) for part in parts]
-    whole = dict(outs[0])
-    for name in ("image_features", "text_features"):
-        whole[name] = torch.cat([out[name] for out in outs])
-    locked = f"{unwrap(model).locked}_features"
-    whole = {name: value.requires_grad_(name != locked) for name, value in whole.items()}
-    loss = loss_of(whole)
-    loss.backward()
-    trained = [name for name in ("image_features", "text_features") if name != locked]
-    grads_of = {name: whole[name].grad.chunk(len(parts)) for name in trained}
-    for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = last
-        out = model(*part)
-        grads = {name: each[index] for name, each in grads_of.items()}
-        for name in out.keys() - grads.keys() - {locked}:  # scale and bias: once
-            grads[name] = whole[name].grad if last else torch.zeros_like(whole[name])
-        torch.autograd.backward([out[n] for n in grads], list(grads.values()))
-    return whole, loss
 
 
 def run_stage(

@@ -8,6 +8,7 @@ Dimension letters, used in every docstring of the package:
     N rows of the global batch
 """
 
+from .adapters import accelerate, accumulated, restore
 from .attention import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -55,6 +56,8 @@ __all__ = [
     "PatchDropout",
     "PatchDropoutWithIndices",
     "SigLipLoss",
+    "accelerate",
+    "accumulated",
     "add_layer_norm",
     "add_layer_norm_reference",
     "all_patches",
@@ -77,6 +80,7 @@ __all__ = [
     "philox_uniform",
     "random_patches",
     "random_text",
+    "restore",
     "sigmoid_loss",
     "sigmoid_loss_reference",
     "syntax_text",

@@ -92,6 +92,8 @@ SHORT = {
     'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "-m data.bench "
     '"{folder}/{{0000..0001}}.tar" --image-size 64',
     "python examples/killed.py docs/killed.svg": "examples/killed.py {folder}/killed.svg 32",
+    "pytest bench/bench_accelerate.py": "-m pytest -p no:cacheprovider bench/bench_accelerate.py "
+    "--benchmark-disable -k equal",
     "pytest bench/bench_data.py": "-m pytest -p no:cacheprovider bench/bench_data.py "
     "--benchmark-disable -k 64",
     "pytest bench/bench_train_step.py": "-m pytest -p no:cacheprovider bench/bench_train_step.py "
@@ -119,6 +121,7 @@ SHOWS = {
     'python evaluate.py runs/icons --shards "icons/held-out-sets/*.tar"': "classes: *.tar",
     'python -m data.bench "shards/{00000..41407}.tar" --image-size 64': "40 samples to 64 pixels",
     "python examples/killed.py docs/killed.svg": "32 steps, largest difference of losses ",
+    "pytest bench/bench_accelerate.py": "1 passed",
     "pytest bench/bench_data.py": "3 passed",
     "pytest bench/bench_train_step.py": "2 passed",
     "python -m bench.bench_train_step": "open_clip  new concepts",

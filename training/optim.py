@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from clipa_kernels.adapters.accumulate import unwrap
 from models import Dialect
 
 from .config import Config, Stage
@@ -297,14 +298,3 @@ def clamp_scale_(model: nn.Module, config: Config) -> None:
     bound = config.dialect.max_scale if own is None else own
     if bound > 0:
         unwrap(model).logit_scale.clamp_(0, math.log(bound))
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP's (`module`) and torch.compile's (`_orig_mod`) wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner

@@ -19,6 +19,12 @@ from .api import lowest_columns, random_patches
 from .philox import IMAGE_STREAM, draw_bits
 
 
+def drawn_patches(batch: int, patches: int, prob: float, device: torch.device) -> Tensor:
+    """int64 [batch, K] ascending, K = max(1, int(patches * (1 - prob))), of torch's generator."""
+    bits = torch.randint(1 << 32, [batch, patches], device=device)
+    return lowest_columns(bits, max(1, int(patches * (1 - prob))))
+
+
 class PatchDropout(nn.Module):
     """Keeps max(1, int(L * (1 - prob))) random tokens of each sample in training, prefix apart.
 
@@ -106,12 +112,7 @@ class PatchDropout(nn.Module):
         prefix = self.num_prefix_tokens
         if not torch.jit.is_scripting():
             self._check(x, step)
-        if self.seed is not None:
-            keep = self._keyed(x, step)
-        else:
-            batch, patches = x.shape[0], x.shape[1] - prefix
-            bits = torch.randint(1 << 32, [batch, patches], device=x.device)
-            keep = lowest_columns(bits, max(1, int(patches * (1 - self.prob))))
+        keep = self.choose(x.shape[0], x.shape[1] - prefix, x.device, step)
         rows = keep + prefix
         if prefix > 0:
             first = torch.arange(prefix, device=x.device).expand(x.shape[0], prefix)
@@ -120,17 +121,26 @@ class PatchDropout(nn.Module):
         index = rows.view(size + [1] * (x.dim() - 2)).expand(size + list(x.shape[2:]))
         return x.gather(1, index), keep
 
+    def choose(
+        self, batch: int, patches: int, device: torch.device, step: int | Tensor | None = None
+    ) -> Tensor:
+        """The patches that forward keeps of a batch in training: int64 [batch, K], ascending."""
+        if self.seed is not None:
+            return self._keyed(batch, patches, device, step)
+        return drawn_patches(batch, patches, self.prob, device)
+
     @torch.jit.ignore
-    def _keyed(self, x: Tensor, step: int | Tensor | None) -> Tensor:
+    def _keyed(
+        self, batch: int, patches: int, device: torch.device, step: int | Tensor | None
+    ) -> Tensor:
         """keep of (seed, step), the step drawn where there is none."""
-        batch, patches = x.shape[0], x.shape[1] - self.num_prefix_tokens
         seed = int(self.seed) % 2**64  # NumPy's integers, if assigned, hold no 2**64
         if step is None:
-            step = torch.randint(1 << 32, (), device=x.device)
+            step = torch.randint(1 << 32, (), device=device)
         elif not isinstance(step, Tensor):
-            key = dict(seed=seed, step=step, device=x.device)
+            key = dict(seed=seed, step=step, device=device)
             return random_patches(batch, (1, patches), self.prob, **key)
-        samples = torch.arange(batch, device=x.device)
+        samples = torch.arange(batch, device=device)
         bits = draw_bits(seed, step.long(), samples, patches, IMAGE_STREAM)
         return lowest_columns(bits, max(1, int(patches * (1 - self.prob))))
 

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -39,13 +40,28 @@ def test_every_example_is_in_a_tested_module():
     assert len(MODULES) > 5
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[1][:40])
 def test_readme_python(code):
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["method", "order"])
+def test_pages_python(page):
+    path = ROOT / "docs" / f"{page}.md"
+    for code in blocks("python", path.read_text()):
+        exec(compile(code, path.name, "exec"), {})
+
+
+def test_pages_of_operations_are_their_docstrings():
+    """python docs/pages.py makes them anew."""
+    made = runpy.run_path(str(ROOT / "docs" / "pages.py"))["pages"]()
+    assert {path.name for path in made} == {p.name for p in (ROOT / "docs" / "ops").iterdir()}
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, path.name
 
 
 def commands():

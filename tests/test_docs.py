@@ -118,6 +118,9 @@ SHORT = {
     "python -m bench.bench_contrastive 8192": "-m bench.bench_contrastive 256",
     "python -m bench.compiled": "-m bench.compiled masking",
     "python -m bench.compiled contrastive": "-m bench.compiled masking",
+    "python -m bench.first_gpu": "-m bench.first_gpu --help",  # test_first_gpu.py runs all of it
+    "pytest bench --benchmark-json bench.json": "-m pytest -p no:cacheprovider bench/bench_gelu.py "
+    "-k ours-none-B-bf16 --benchmark-json {folder}/gelu.json",
     "python -m bench.report bench.json --to report": "-m bench.report {folder}/bench.json "
     "--to {folder}/page",
     "python -m bench.meters.roofs": "-m bench.meters.roofs gelu --arch 80 --only 'h14 short'",
@@ -144,6 +147,8 @@ SHOWS = {
     "python -m bench.bench_contrastive 8192": "bf16 open_clip ",
     "python -m bench.compiled": "spill st/ld",
     "python -m bench.compiled contrastive": "spill st/ld",
+    "python -m bench.first_gpu": "stage",
+    "pytest bench --benchmark-json bench.json": "1 passed",
     "python -m bench.report bench.json --to report": "page.md",
     "python -m bench.meters.roofs": "clipa-v2-h14 short",
 }

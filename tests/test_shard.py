@@ -78,6 +78,8 @@ def steps_of(config, kind, world, saved=None, folder=None, steps=STEPS):
 class Words:
     """A tokenizer that no test asks."""
 
+    end, vocab_size = 1, 2
+
     def to_json(self):
         return "{}"
 

@@ -114,7 +114,6 @@ def test_torchs_varlen_attn_gets_these_arguments(monkeypatch):
     given = []
     monkeypatch.setattr(attention, "varlen_attn", lambda *a, **b: given.append((a, b)) or a[0])
     monkeypatch.setattr(rivals, "require_rival", lambda *_: None)
-    monkeypatch.setattr("clipa_kernels.attention.cross.require_rival", lambda *_: None)
     varlen_cross_attention(q, k, v, *ends, causal=True, scale=0.5, impl="varlen_attn")
     ((args, how),) = given
     assert args[3:] == tuple(ends) and how == dict(scale=0.5, window_size=(-1, 0))

@@ -190,11 +190,16 @@ def _choose(name: str, impl: str, x: Tensor, batch: int, max_seqlen: int) -> str
 
 def _library_is_faster(x: Tensor, max_seqlen: int, kernels: bool) -> bool:
     """Whether torch's varlen_attn runs on x, [T, ..., D], and is faster than what else would."""
+    if kernels and max_seqlen <= (_LONG if x.shape[-1] <= 64 else _LONG_AND_WIDE):
+        return False
+    return varlen_attn_runs(x)
+
+
+def varlen_attn_runs(x: Tensor) -> bool:
+    """Whether "auto" may take torch's varlen_attn for tensors as x."""
     if not (x.is_cuda and _VARLEN_ATTN and x.dtype in (torch.float16, torch.bfloat16)):
         return False
     if torch.version.hip is not None or torch.are_deterministic_algorithms_enabled():
-        return False
-    if kernels and max_seqlen <= (_LONG if x.shape[-1] <= 64 else _LONG_AND_WIDE):
         return False
     if torch.compiler.is_compiling() or not torch.cuda.is_available():  # the latter: a fake tensor
         return True

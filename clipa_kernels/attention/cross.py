@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import check
 from ..check import describe
 from ..packing import check_packed, padded_index
-from .api import _VARLEN_ATTN
-from .rivals import differentiated_once, require_rival
+from . import rivals
+from .api import varlen_attn_runs
 
 _IMPLS = ("varlen_attn", "sdpa", "reference")
 
@@ -102,25 +102,16 @@ def varlen_cross_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else check.as_float(name, scale=scale)
     ends = cu_seqlens_q, cu_seqlens_k, longest_q, longest_k
     if isinstance(impl, str) and impl == "auto":
-        exact = torch.are_deterministic_algorithms_enabled()
-        runs = _VARLEN_ATTN and q.is_cuda and q.dtype.itemsize == 2 and torch.version.hip is None
-        impl = "varlen_attn" if runs and not exact else "sdpa"
+        impl = "varlen_attn" if varlen_attn_runs(q) else "sdpa"
     impl = check.choose_impl(name, impl, _IMPLS, q)
     with torch.autocast(q.device.type, enabled=False):
         if impl == "reference":
             return varlen_cross_attention_reference(q, k, v, *ends, causal=causal, scale=scale)
         if impl == "sdpa":
             return _padded(q, k, v, *ends, causal, scale)
-        require_rival(name, impl, q)
-        return _varlen_attn(*differentiated_once(q, k, v), *ends, causal, scale)
-
-
-def _varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, causal, scale) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    window = (-1, 0) if causal else (-1, -1)
-    lengths = ends_q, ends_k, longest_q, longest_k
-    return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window)
+        rivals.require_rival(name, impl, q)
+        q, k, v = rivals.differentiated_once(q, k, v)
+        return rivals.varlen_attn_of_two(q, k, v, *ends, causal, scale)
 
 
 def _padded(q, k, v, ends_q, ends_k, longest_q, longest_k, causal, scale) -> Tensor:

@@ -79,10 +79,16 @@ def sdpa(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
 
 def varlen_attn(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
     """Torch's own attention of packed sequences."""
+    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return varlen_attn_of_two(q, k, v, *lengths, causal, scale)
+
+
+def varlen_attn_of_two(q, k, v, ends_q, ends_k, longest_q, longest_k, causal, scale) -> Tensor:
+    """The same with keys of other sequences; the last query sees all of them."""
     from torch.nn.attention.varlen import varlen_attn
 
     window = (-1, 0) if causal else (-1, -1)
-    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    lengths = ends_q, ends_k, longest_q, longest_k
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window)
 
 

@@ -210,7 +210,7 @@ def random_text(
 ) -> tuple[Tensor, Tensor]:
     """A uniformly random subset of the tokens of each caption longer than `context`, in order.
 
-    Args, Returns: as truncate_text; seed, step, first_sample as in random_patches.
+    Args, Returns: as truncate_text; seed, step, first_sample as in random_patches, numbers all.
     Raises: as truncate_text, and for a part of the key that is out of its range.
     Source: open_clip's "random". CLIPA's JAX code loses the order (open_clip's "shuffle").
     """

@@ -234,7 +234,10 @@ def _special(tokenizer: dict) -> dict[str, tuple[str, int]]:
     "eos_token" where there are any, and "pad_token"."""
     steps = tokenizer["post_processor"]["single"]
     content = next(place for place, step in enumerate(steps) if "Sequence" in step)
-    known = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram's: (piece, score)
+        vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
+    known = vocab | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
     names = {number: name for name, number in known.items()}
     found = {"pad_token": ("[PAD]", known["[PAD]"]) if "[PAD]" in known else (names[0], 0)}
     for place, step in enumerate(steps):

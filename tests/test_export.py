@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import tokenizers
 import torch
 from configs import changed
 from torch import nn
@@ -33,6 +34,10 @@ MODELS = {
 def tokenizer_of(kind: str, folder) -> Tokenizer:
     if kind == "clip":
         return clip_bpe()
+    if kind == "unigram":
+        pieces = ["[PAD]", "[UNK]", *sorted(set(" ".join(CAPTIONS))), "[EOT]"]
+        scored = [(piece, -1.0) for piece in pieces]
+        return Tokenizer(tokenizers.Tokenizer(tokenizers.models.Unigram(scored, unk_id=1)))
     if kind == "trained":
         return Tokenizer(train_wordpiece(CAPTIONS, 200))
     words = dict.fromkeys(" ".join(CAPTIONS).split())
@@ -78,6 +83,7 @@ def same(model: nn.Module, tokenizer: Tokenizer, image: Callable, text: Callable
         ("clipa-v1", "trained"),
         ("clipa-v2", "bert"),
         ("sigmoid", "trained"),
+        ("open_clip", "unigram"),
     ],
 )
 def test_open_clip_loads_it(name, kind, tmp_path, capsys):
